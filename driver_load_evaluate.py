@@ -1,0 +1,133 @@
+"""Loads a trained UNet and evaluates it on the test set that was put aside when it was trained.
+
+The model file knows that test set, so give the folders that it was trained on; to score another
+folder whole, add --all. Without folders it runs on the synthetic sample in images/sample.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+SAMPLE = Path(__file__).parent / "images" / "sample"
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="the .keras file that the training saved")
+    parser.add_argument("--all", action="store_true",
+                        help="score every pair of the folder, not the test set put aside")
+    return parse_common_options(parser, arguments)
+
+
+def load_evaluate(options: argparse.Namespace) -> None:
+    import segment
+
+    output = Path(options.output)
+
+    # 1. Load the file names of the ISIC images and masks
+    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    print(f"{len(image_paths)} pairs in {options.image_dir}")
+
+    if options.inspect:
+        # 2. Inspect the sizes of the images
+        sizes = segment.inspect(image_paths)
+        for (height, width), count in sizes.items():
+            print(f"{count:6} images of {height} x {width} pixels (height x width)")
+        # 3. Plot the occurrence of the sizes
+        segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
+
+    # 4. Load the trained model, and with it the names of its test set
+    model = segment.load_model(options.model)
+    if not options.all:
+        image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
+        print(f"Evaluating the {len(image_paths)} test images put aside in training")
+    elif seen := segment.image_ids_seen(model, image_paths):
+        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
+              "scores do not count as a test.", file=sys.stderr)
+
+    # 5. Predict the test set
+    test_generator = segment.create_generator(
+        image_paths[: options.subset], mask_paths[: options.subset],
+        image_size=model.input_shape[1:3], batch_size=options.batch_size,
+    )
+    predictions = segment.predict(model, test_generator)
+
+    # 6. Show the results
+    record = segment.model_record(model)
+    segment.results(test_generator, predictions, num_imgs=options.num_imgs,
+                    threshold=record.threshold, history=record.history, output_dir=output)
+    print(f"Scores, figures and masks are in {output}")
+
+
+# What both drivers share
+
+
+def parse_common_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Adds the options that both drivers have, and parses all of them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
+    add("--mask-dir", metavar="DIR", help="folder of their masks (default: the sample)")
+    add("--subset", type=positive, metavar="N", help="use the first N pairs only")
+    add("--batch-size", type=positive, metavar="N", help="images a batch (default: 8; sample: 4)")
+    add("--inspect", action="store_true", help="count and plot the sizes of the images")
+    add = parser.add_argument_group("results").add_argument
+    add("--output", default="output", metavar="DIR",
+        help="folder for everything that is written (default: %(default)s)")
+    add("--num-imgs", type=int, default=4, metavar="N",
+        help="test images to draw, and as many of the worst (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if (options.image_dir is None) != (options.mask_dir is None):
+        parser.error("--image-dir and --mask-dir go together: give both, or none for the sample")
+    options.batch_size = options.batch_size or (8 if options.image_dir else 4)
+    if options.image_dir is None:
+        options.image_dir, options.mask_dir = SAMPLE / "input", SAMPLE / "truth"
+    return options
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Runs a driver's steps; returns its exit status: 0, 2 after bad input, 130 after Ctrl-C."""
+    with quiet_startup():  # only now, so that --help and wrong options answer at once
+        import segment
+
+        device = segment.describe_device()
+    print(f"Device: {device}")
+    try:
+        steps(options)
+    except (segment.SegmentError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def quiet_startup() -> Iterator[None]:
+    """Drops what TensorFlow writes to stderr while it starts, which no setting of its own stops."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(load_evaluate, parse_options(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Trains an improved UNet on ISIC images, saves it, and evaluates it on images it never saw.
+
+Without folders it runs on the synthetic sample in images/sample. OUTPUT receives the model, the
+log of the training, the scores, the figures and the predicted masks.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from driver_load_evaluate import SAMPLE, parse_common_options, positive, run
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument_group("training").add_argument
+    add("--image-size", nargs=2, type=positive, metavar=("HEIGHT", "WIDTH"),
+        help="frame of the network in pixels, divisible by 16 (default: 256 256; sample: 128 128)")
+    add("--val-split", type=float, default=0.2, metavar="SHARE",
+        help="share that validates of what the test set leaves (default: %(default)s)")
+    add("--test-split", type=float, metavar="SHARE",
+        help="share of all that tests (default: 0.03; sample: 0.2)")
+    add("--epochs", type=positive, metavar="N",
+        help="passes over the training set (default: 60; sample: 40)")
+    add("--learning-rate", type=float, default=1e-3, metavar="RATE",
+        help="peak of the learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0,
+        help="of split, weights, order and augmentation (default: %(default)s)")
+    add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
+    options = parse_common_options(parser, arguments)
+    on_sample = options.image_dir == SAMPLE / "input"
+    defaults = {"image_size": (128, 128) if on_sample else (256, 256),
+                "test_split": 0.2 if on_sample else 0.03,
+                "epochs": 40 if on_sample else 60,
+                "save": str(Path(options.output) / "model.keras")}
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if not options.save.endswith(".keras"):
+        parser.error(f"--save {options.save}: the name of a model file ends in .keras")
+    return options
+
+
+def train_save_evaluate(options: argparse.Namespace) -> None:
+    import keras
+
+    import segment
+
+    keras.utils.set_random_seed(options.seed)
+    output = Path(options.output)
+
+    # 1. Load the file names of the ISIC images and masks
+    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    image_paths, mask_paths = image_paths[: options.subset], mask_paths[: options.subset]
+    print(f"{len(image_paths)} pairs in {options.image_dir}")
+
+    if options.inspect:
+        # 2. Inspect the sizes of the images
+        sizes = segment.inspect(image_paths)
+        for (height, width), count in sizes.items():
+            print(f"{count:6} images of {height} x {width} pixels (height x width)")
+        # 3. Plot the occurrence of the sizes
+        segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
+
+    # 4. Split into training, validation and test set
+    train, val, test = split = segment.train_val_test_split(
+        image_paths, mask_paths,
+        val_split=options.val_split, test_split=options.test_split, seed=options.seed,
+    )
+    print("{} to train, {} to validate, {} to test on".format(*(len(part[0]) for part in split)))
+
+    # 5. Create a generator for each set
+    shape = {"image_size": options.image_size, "batch_size": options.batch_size}
+    train_generator = segment.create_generator(
+        *train, shuffle=True, augment=True, seed=options.seed, **shape
+    )
+    val_generator = segment.create_generator(*val, **shape)
+    test_generator = segment.create_generator(*test, **shape)
+
+    # 6. Create a new UNet
+    model = segment.create_model(options.image_size)
+
+    # 7. Train it, the best epoch in the file at any time; then save it with its whole history
+    try:
+        segment.train_model(
+            model, train_generator, val_generator, options.epochs,
+            learning_rate=options.learning_rate,
+            save_path=options.save, split=split, log_path=output / "training.csv",
+        )
+    except KeyboardInterrupt:
+        if segment.model_record(model).history:
+            print(f"\nThe best epoch so far is in {options.save}", file=sys.stderr)
+        raise
+    segment.save_model(model, options.save)
+    print(f"Saved {options.save}")
+
+    # 8. Predict the test set
+    predictions = segment.predict(model, test_generator)
+
+    # 9. Show the results
+    record = segment.model_record(model)
+    segment.results(test_generator, predictions, num_imgs=options.num_imgs,
+                    threshold=record.threshold, history=record.history, output_dir=output)
+    print(f"Scores, figures and masks are in {output}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(train_save_evaluate, parse_options(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1488 @@
+"""Segmentation of skin lesions in the ISIC data set with an improved UNet.
+
+The module reads in the order in which the data flows: loading, inspection, split, generators,
+model, Dice, training, saving, results. In short::
+
+    image_paths, mask_paths = segment.find_image_pairs("images/sample/input", "images/sample/truth")
+    train, val, test = segment.train_val_test_split(image_paths, mask_paths)
+    train_generator = segment.create_generator(*train, shuffle=True, augment=True)
+    val_generator, test_generator = (segment.create_generator(*part) for part in (val, test))
+    model = segment.create_model()
+    segment.train_model(model, train_generator, val_generator, epochs=60)
+    segment.save_model(model, "unet.keras", split=(train, val, test))
+    scores = segment.results(test_generator, segment.predict(model, test_generator))
+
+Image sizes are `(height, width)` in pixels everywhere. Nothing runs on import, and the module works
+on every Keras backend (TensorFlow unless `KERAS_BACKEND` says otherwise).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from keras import layers, ops
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from sklearn.model_selection import train_test_split
+
+__all__ = [  # noqa: RUF022, by the alphabet
+    "create_generator", "create_model", "describe_device", "dice_coefficient", "dice_loss",
+    "find_image_pairs", "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator", "ImageScores",
+    "inspect", "letterbox", "load_input_image", "load_model", "load_segmented_image",
+    "model_record", "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes",
+    "plot_predictions", "predict", "restore_masks", "results", "save_figure", "save_masks",
+    "save_model", "score_masks", "Scores", "SegmentError", "stored_test_split", "summarize",
+    "train_model", "train_val_test_split",
+]
+
+IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
+JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
+BEST = "val_dice_coefficient"  # what the best epoch is best in
+
+Size = tuple[int, int]
+StrPath = str | os.PathLike[str]
+Pair = tuple[str, str]
+Pairs = tuple[list[str], list[str]]
+Array = NDArray[Any]
+Tensor = Any  # of whichever backend
+
+
+class SegmentError(ValueError):
+    """Input that cannot be used; says what was received, what was expected and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Loading: from a folder to pairs, from a file to an array
+# ----------------------------------------------------------------------------------------------
+
+
+def image_id(path: StrPath) -> str:
+    """The id that an image and its mask share.
+
+    Args:
+        path: Path or name of an image or of a mask.
+
+    Returns:
+        The ISIC id, `"ISIC_0012345"`, wherever the name begins with one; else the name without its
+        suffix and without a closing `_segmentation` (in any case).
+    """
+    stem = Path(path).stem
+    isic = re.match(r"ISIC_\d+", stem, re.IGNORECASE)
+    return isic[0].upper() if isic else re.sub(r"_segmentation$", "", stem, flags=re.IGNORECASE)
+
+
+def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
+    """Finds the images of a folder and the mask of each.
+
+    Takes the ISIC 2016, 2017 and 2018 folders as they are unpacked, and plain folders in which
+    image and mask share a stem. Superpixels, CSVs, licences and hidden files are passed over. One
+    folder may hold both, as in ISIC 2016 part 3B: then names in `_segmentation` are the masks.
+
+    Args:
+        image_dir: Folder of the images (.jpg, .jpeg, .png, .bmp, .tif or .tiff, in any case).
+        mask_dir: Folder of the masks.
+
+    Returns:
+        `(image_paths, mask_paths)`, two lists of equal length in the order of the ids.
+
+    Raises:
+        SegmentError: If a folder is missing or holds no image, if an id occurs twice, or if an
+            image or a mask stands alone; counts the cases and names the first few.
+    """
+    one_folder = Path(image_dir).resolve() == Path(mask_dir).resolve()
+    image_files = [path for path in _list_images(image_dir) if not _is_mask(path)]
+    mask_files = [path for path in _list_images(mask_dir) if _is_mask(path) or not one_folder]
+    images = {image_id(path): path for path in image_files}
+    masks = {image_id(path): path for path in mask_files}
+    problems = {
+        "ids that several images share": _repeated(map(image_id, image_files)),
+        "ids that several masks share": _repeated(map(image_id, mask_files)),
+        "images without a mask": sorted(images.keys() - masks.keys()),
+        "masks without an image": sorted(masks.keys() - images.keys()),
+    }
+    if any(problems.values()):
+        found = (f"{len(ids)} {what} ({_shorten(ids)})" for what, ids in problems.items() if ids)
+        raise SegmentError(
+            f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold "
+            f"{' and '.join(found)}: rename or remove these files."
+        )
+    ids = sorted(images)
+    return [images[id_] for id_ in ids], [masks[id_] for id_ in ids]
+
+
+def _list_images(folder: StrPath) -> list[str]:
+    if not Path(folder).is_dir():
+        raise SegmentError(f"{folder} is not a folder: give the folder that holds the files.")
+    paths = [
+        str(path)
+        for path in sorted(Path(folder).iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and not path.stem.lower().endswith("_superpixels")
+        and path.is_file()
+    ]
+    if not paths:
+        raise SegmentError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return paths
+
+
+def _is_mask(path: StrPath) -> bool:
+    return Path(path).stem.lower().endswith("_segmentation")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _shorten(names: Sequence[str], most: int = 5) -> str:
+    """`"a, b, c"`, or with many names `"a, b, c, d, e and 72 more"`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class Box(NamedTuple):
+    """Where an image lies inside the network's frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def letterbox(size: Size, image_size: Size) -> Box:
+    """Fits a picture into a frame: aspect ratio kept, centred, as large as it can be.
+
+    This is the whole geometry of the project. Loading resizes a picture onto the box and leaves
+    the rest of the frame black; `restore_masks` crops the box and resizes it back onto the picture,
+    so that edges and centres come to lie exactly where they were.
+
+    Args:
+        size: `(height, width)` of the picture.
+        image_size: `(height, width)` of the frame.
+
+    Returns:
+        The `Box` `(top, left, height, width)` of the picture inside the frame.
+    """
+    scale = min(image_size[0] / size[0], image_size[1] / size[1])
+    height, width = (max(1, round(side * scale)) for side in size)
+    return Box((image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width)
+
+
+def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
+    """Loads a photograph into the network's frame.
+
+    The EXIF orientation is applied; palette, greyscale, RGBA, CMYK and 16-bit pictures become RGB.
+
+    Args:
+        path: Image file.
+        image_size: `(height, width)` of the frame, `None` for the picture's own size.
+
+    Returns:
+        `uint8 (height, width, 3)` in 0..255, black where the frame is wider or taller.
+
+    Raises:
+        SegmentError: If the file cannot be read as an image.
+    """
+    with _open_image(path) as image:
+        size = _upright_size(image)
+        if image_size is not None:
+            # A JPEG is decoded at the smallest scale that still has twice the pixels needed.
+            box = letterbox(size, image_size)
+            image.draft("RGB", (2 * max(box.height, box.width),) * 2)
+        return np.asarray(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, image_size))
+
+
+def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
+    """Loads a mask into the network's frame, by the same geometry as its photograph.
+
+    A pixel of the frame is lesion where at least half of what it covers is, so that lesions
+    neither grow nor shrink.
+
+    Args:
+        path: Mask file, of 0 and 255 or of 0 and 1.
+        image_size: `(height, width)` of the frame, `None` for the mask's own size.
+
+    Returns:
+        `uint8 (height, width, 1)` in {0, 1}.
+
+    Raises:
+        SegmentError: If the file cannot be read, or holds other values. A JPEG whose values hug
+            black and white is taken.
+    """
+    with _open_image(path) as image:
+        mask = _to_black_and_white(ImageOps.exif_transpose(image), image.format == "JPEG", path)
+        fitted = np.asarray(_fit(mask, (mask.height, mask.width), image_size))
+    return (fitted >= 128).astype(np.uint8)[..., None]
+
+
+@contextlib.contextmanager
+def _open_image(path: StrPath) -> Iterator[Image.Image]:
+    """An opened picture; what Pillow raises on a bad file becomes one sentence with its name."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except SegmentError:
+        raise
+    except FileNotFoundError:
+        raise SegmentError(f"{path}: there is no such file.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SegmentError(
+            f"{path}: cannot be read as an image ({error}); replace the file or leave it out."
+        ) from error
+
+
+def _upright_size(image: Image.Image) -> Size:
+    """`(height, width)` after the EXIF orientation, from the header alone."""
+    quarter_turn = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if quarter_turn else (image.height, image.width)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey levels to 8, which Pillow would clip; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    return Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "P":  # may be translucent, which Pillow converts cleanly only by way of RGBA
+        image = image.convert("RGBA")
+    return _to_eight_bits(image).convert("RGB")
+
+
+def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
+    """A mask as grey levels 0 and 255, or an error that names the values that it holds."""
+    grey = _to_eight_bits(image).convert("L")
+    counts = np.array(grey.histogram())
+    levels = [int(level) for level in np.flatnonzero(counts)]
+    if set(levels) <= {0, 1} and not lossy:
+        return grey.point([0] + [255] * 255)
+    between = counts[64:192].sum() / counts.sum()
+    if not (set(levels) <= {0, 255} or (lossy and between < 0.005)):
+        raise SegmentError(
+            f"{path}: expected a mask of 0 and 255 (or 0 and 1) alone, but it has {len(levels)} "
+            f"values ({_shorten([str(level) for level in levels])}): threshold it, if it is a mask."
+        )
+    return grey.point([0] * 128 + [255] * 128)
+
+
+def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image:
+    """Resizes a picture whose full size is `size` onto its box in a black frame."""
+    if image_size is None:
+        return image
+    top, left, height, width = letterbox(size, image_size)
+    frame = Image.new(image.mode, (image_size[1], image_size[0]))
+    # Pillow's bilinear filter averages over all that a smaller pixel covers: no aliasing.
+    frame.paste(image.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+    return frame
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Inspection
+# ----------------------------------------------------------------------------------------------
+
+
+def inspect(image_paths: Iterable[StrPath]) -> dict[Size, int]:
+    """Counts the sizes that occur, from the files' headers alone.
+
+    Args:
+        image_paths: Image files.
+
+    Returns:
+        `{(height, width): count}` in pixels, the most frequent first.
+
+    Raises:
+        SegmentError: If a file cannot be read as an image.
+    """
+    counts = Counter(map(_size_of, image_paths))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _size_of(path: StrPath) -> Size:
+    with _open_image(path) as image:
+        return _upright_size(image)
+
+
+def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
+    """Draws the occurrence of each image size as bars.
+
+    Args:
+        sizes: What `inspect` returned.
+        most: How many sizes get a bar of their own; the others share the last one.
+
+    Returns:
+        The figure.
+    """
+    shown = list(sizes.items())[:most]
+    names = [f"{height} × {width}" for (height, width), _ in shown]
+    counts = [count for _, count in shown]
+    if len(sizes) > most:
+        names.append(f"{len(sizes) - most} other sizes")
+        counts.append(sum(sizes.values()) - sum(counts))
+    figure, (axes,) = _subplots(1, 1, width=7, height=1.5 + 0.26 * len(names))
+    axes.bar_label(axes.barh(names, counts, color="tab:blue"), padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.02)
+    total = f"{sum(sizes.values())} images, {len(sizes)} different sizes"
+    axes.set(title=f"{total} (height × width in pixels)", xlabel="Images")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Split
+# ----------------------------------------------------------------------------------------------
+
+
+def train_val_test_split(
+    image_paths: Sequence[StrPath],
+    mask_paths: Sequence[StrPath],
+    *,
+    val_split: float = 0.2,
+    test_split: float = 0.03,
+    seed: int = 0,
+) -> tuple[Pairs, Pairs, Pairs]:
+    """Splits pairs at random into a training, a validation and a test set.
+
+    Args:
+        image_paths: Image files.
+        mask_paths: Their masks, in the same order.
+        val_split: Share of what is left after the test set that validates, in [0, 1).
+        test_split: Share of all that tests, in [0, 1). Counts are rounded down, but a share
+            above 0 gets at least one pair.
+        seed: The same seed gives the same split.
+
+    Returns:
+        `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs.
+        Every pair is in exactly one of them.
+
+    Raises:
+        SegmentError: If the lists differ in length, a share is out of range, or nothing is left
+            to train on.
+    """
+    if len(image_paths) != len(mask_paths):
+        raise SegmentError(f"{len(image_paths)} images came with {len(mask_paths)} masks.")
+    for name, share in {"val_split": val_split, "test_split": test_split}.items():
+        if not 0 <= share < 1:
+            raise SegmentError(f"{name} is {share}: expected a share from 0 to below 1.")
+    pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
+    rest, test = _draw(pairs, test_split, seed)
+    train, val = _draw(rest, val_split, seed)
+    if not train:
+        raise SegmentError(f"{len(pairs)} pairs are too few to train, validate and test on.")
+    return _unzip(train), _unzip(val), _unzip(test)
+
+
+def _draw(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Splits off a random `share` of the pairs: `(rest, drawn)`."""
+    count = max(1, math.floor(share * len(pairs) + 1e-9)) if share else 0  # 0.29 * 100 is 28.99...
+    if not 0 < count < len(pairs):  # which scikit-learn refuses
+        return pairs[count:], pairs[:count]
+    rest, drawn = train_test_split(pairs, test_size=count, random_state=seed)
+    return rest, drawn
+
+
+def _unzip(pairs: Sequence[Pair]) -> Pairs:
+    return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Generators: batches of images and masks, augmented on demand
+# ----------------------------------------------------------------------------------------------
+
+
+def create_generator(
+    image_paths: Sequence[StrPath],
+    mask_paths: Sequence[StrPath] | None = None,
+    *,
+    image_size: Size = IMAGE_SIZE,
+    batch_size: int = 8,
+    shuffle: bool = False,
+    augment: bool = False,
+    seed: int = 0,
+    workers: int = 1,
+) -> ImageGenerator:
+    """Creates a data set of batches for `fit`, `evaluate` and `predict`.
+
+    Args:
+        image_paths: Image files.
+        mask_paths: Their masks in the same order; `None` to predict without ground truth.
+        image_size: `(height, width)` of the network's frame.
+        batch_size: Images a batch; the last batch may be shorter.
+        shuffle: Whether each epoch draws a new order of the images.
+        augment: Whether images and masks are mirrored, turned, scaled and shifted together, and
+            the images alone changed in colour and gamma.
+        seed: With the epoch it determines order and augmentation, whatever else draws numbers.
+        workers: Threads that load batches.
+
+    Returns:
+        An `ImageGenerator`, whose batches are `uint8 (N, height, width, 3)` in 0..255, followed by
+        `uint8 (N, height, width, 1)` in {0, 1} where there are masks.
+
+    Raises:
+        SegmentError: If there are no images, the lists differ in length, or `batch_size` is not
+            positive.
+    """
+    if not image_paths:
+        raise SegmentError("A generator needs at least one image, but the list is empty.")
+    if mask_paths is not None and len(image_paths) != len(mask_paths):
+        raise SegmentError(f"{len(image_paths)} images came with {len(mask_paths)} masks.")
+    if batch_size < 1:
+        raise SegmentError(f"batch_size is {batch_size}: expected 1 or more images a batch.")
+    return ImageGenerator(
+        [str(path) for path in image_paths],
+        None if mask_paths is None else [str(path) for path in mask_paths],
+        (image_size[0], image_size[1]), batch_size, shuffle, augment, seed, workers,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(eq=False)
+class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
+    """Loads one batch at a time; made by `create_generator`, whose arguments it keeps.
+
+    All randomness derives from `(seed, epoch, image)`, never from the order of calls, since Keras
+    asks for batches ahead of time, for more than it uses, and from several threads.
+
+    Attributes:
+        epoch: Selects order and augmentation; counted up after every epoch.
+        failure: What a file that could not be loaded raised, since a backend may wrap it.
+    """
+
+    image_paths: list[str]
+    mask_paths: list[str] | None
+    image_size: Size
+    batch_size: int
+    shuffle: bool
+    augment: bool
+    seed: int
+    workers: dataclasses.InitVar[int]
+    epoch: int = 0
+    failure: SegmentError | None = None
+
+    def __post_init__(self, workers: int) -> None:
+        super().__init__(workers=workers)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.image_paths) / self.batch_size)
+
+    def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
+        epoch = self.epoch
+        chosen = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        try:
+            samples = [self._load(int(i), epoch) for i in chosen]
+        except SegmentError as error:
+            self.failure = error
+            raise
+        images = np.stack([image for image, _ in samples])
+        if self.mask_paths is None:
+            return images
+        return images, np.stack([mask for _, mask in samples])
+
+    def on_epoch_end(self) -> None:  # noqa: D102, Keras calls it
+        self.epoch += 1
+
+    def _order(self, epoch: int) -> Array:
+        count = len(self.image_paths)
+        rng = np.random.default_rng((self.seed, epoch))
+        return rng.permutation(count) if self.shuffle else np.arange(count)
+
+    def _load(self, i: int, epoch: int) -> tuple[Array, Array]:
+        image = load_input_image(self.image_paths[i], self.image_size)
+        if self.mask_paths is None:
+            mask = np.zeros((*self.image_size, 1), np.uint8)
+        else:
+            _check_same_size(self.image_paths[i], self.mask_paths[i])
+            mask = load_segmented_image(self.mask_paths[i], self.image_size)
+        if self.augment:
+            return _augment(image, mask, np.random.default_rng((self.seed, epoch, i)))
+        return image, mask
+
+
+def _check_same_size(image_path: str, mask_path: str) -> Size:
+    """The `(height, width)` that an image and its mask share, or an error that names both."""
+    size, mask_size = _size_of(image_path), _size_of(mask_path)
+    if size != mask_size:
+        raise SegmentError(
+            f"{image_path} is {size[0]} × {size[1]} (height × width), but its mask {mask_path} is "
+            f"{mask_size[0]} × {mask_size[1]}: expected a mask of the size of its image."
+        )
+    return size
+
+
+def _augment(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """One random change of geometry for both, one of colour for the image alone.
+
+    Pillow does both a whole picture at a time, without the interpreter's lock.
+    """
+    size = (image.shape[1], image.shape[0])
+    affine = _random_affine(size, rng)
+    moved = [
+        Image.fromarray(array).transform(
+            size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+        )
+        for array in (image, mask[..., 0] * 255)
+    ]
+    colored = np.asarray(moved[0].point(_random_colors(rng)))
+    return colored, (np.asarray(moved[1]) >= 128).astype(np.uint8)[..., None]
+
+
+def _random_affine(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, ...]:
+    """Any angle, mirrored or not, scaled by 0.8 to 1.67, shifted by up to 12 % of the frame.
+
+    `(a, b, c, d, e, f)` as Pillow has it: `(x, y)` shows what was at `(ax + by + c, dx + ey + f)`.
+    """
+    angle = rng.uniform(0, 2 * math.pi)
+    scale = math.exp(rng.uniform(math.log(0.8), math.log(1.67)))
+    mirror = rng.choice((-1, 1))
+    a, b = mirror * math.cos(angle) / scale, mirror * math.sin(angle) / scale
+    d, e = -math.sin(angle) / scale, math.cos(angle) / scale
+    center = np.array(size) / 2
+    x, y = center + rng.uniform(-0.12, 0.12, 2) * size  # where the old centre comes to lie
+    return a, b, center[0] - a * x - b * y, d, e, center[1] - d * x - e * y
+
+
+def _random_colors(rng: np.random.Generator) -> list[int]:
+    """A table of 3 x 256 new levels: gains of up to 15 % a channel, gamma of 0.8 to 1.25.
+
+    Black stays black, and with it the padding.
+    """
+    gains = rng.uniform(0.85, 1.15, (3, 1))
+    gamma = math.exp(rng.uniform(math.log(0.8), math.log(1.25)))
+    table = gains * 255 * np.linspace(0, 1, 256) ** gamma
+    return [int(level) for level in table.clip(0, 255).round().ravel()]
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Model: the improved UNet of Isensee et al. 2017, in two dimensions
+# ----------------------------------------------------------------------------------------------
+
+
+def create_model(
+    image_size: Size = IMAGE_SIZE, *, num_filters: int = 16, dropout: float = 0.3
+) -> keras.Model:
+    """Creates the improved UNet, uncompiled.
+
+    Five levels of pre-activation residual context modules on the way down; localization modules on
+    the way up; the lesion maps of the three finest levels are summed (arXiv:1802.10508).
+
+    Args:
+        image_size: `(height, width)` of the frame, both divisible by 16.
+        num_filters: Filters of the finest level; each coarser level has twice as many.
+        dropout: Share dropped between the convolutions of a context module.
+
+    Returns:
+        A functional model from `(N, height, width, 3)`, `uint8` or float in 0..255, to lesion
+        probabilities `float32 (N, height, width, 1)`. With the defaults it has 3,188,435
+        parameters.
+
+    Raises:
+        SegmentError: If `image_size` is not divisible by 16 or `num_filters` not positive.
+    """
+    if len(image_size) != 2 or any(side < 16 or side % 16 for side in image_size):
+        raise SegmentError(f"image_size is {image_size}: expected (height, width) divisible by 16.")
+    if num_filters < 1:
+        raise SegmentError(f"num_filters is {num_filters}: expected 1 or more.")
+    inputs = keras.Input((*image_size, 3), name="image")
+    scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
+    lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
+    outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
+    return keras.Model(inputs, outputs, name="improved_unet")
+
+
+def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
+    """The features of levels 1 to 5, each at half the resolution of the one before."""
+    features = []
+    for level in range(1, 6):
+        filters = num_filters * 2 ** (level - 1)
+        x = _convolution(x, filters, 3, f"level{level}_conv", strides=1 if level == 1 else 2)
+        x = _context_module(x, filters, dropout, f"level{level}_context")
+        features.append(x)
+    return features
+
+
+def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
+    """The summed lesion map (logits, full resolution) of levels 3, 2 and 1."""
+    *skips, x = features
+    x = _norm_relu(x, "level5_out")
+    lesion = None
+    for level in (4, 3, 2, 1):
+        filters = num_filters * 2 ** (level - 1)
+        x = _upsampling_module(x, filters, f"level{level}_up")
+        x = layers.Concatenate(name=f"level{level}_concat")([x, skips[level - 1]])
+        if level > 1:
+            x = _localization_module(x, filters, f"level{level}_local")
+        else:
+            x = _norm_relu(_convolution(x, 2 * filters, 3, "level1_final_conv"), "level1_final")
+        if level < 4:
+            lesion = _add_lesion_map(lesion, x, f"level{level}_lesion")
+    return lesion
+
+
+def _context_module(x: Tensor, filters: int, dropout: float, name: str) -> Tensor:
+    """Pre-activation residual block: norm and activation come before each convolution."""
+    y = _convolution(_norm_relu(x, f"{name}1"), filters, 3, f"{name}1_conv")
+    y = layers.Dropout(dropout, name=f"{name}_dropout")(y)
+    y = _convolution(_norm_relu(y, f"{name}2"), filters, 3, f"{name}2_conv")
+    return layers.Add(name=f"{name}_add")([x, y])
+
+
+def _upsampling_module(x: Tensor, filters: int, name: str) -> Tensor:
+    x = layers.UpSampling2D(2, name=f"{name}_repeat")(x)
+    return _norm_relu(_convolution(x, filters, 3, f"{name}_conv"), name)
+
+
+def _localization_module(x: Tensor, filters: int, name: str) -> Tensor:
+    """Recombines the features after a skip connection, then halves their number."""
+    x = _norm_relu(_convolution(x, 2 * filters, 3, f"{name}1_conv"), f"{name}1")
+    return _norm_relu(_convolution(x, filters, 1, f"{name}2_conv"), f"{name}2")
+
+
+def _add_lesion_map(coarser: Tensor, x: Tensor, name: str) -> Tensor:
+    """This level's own lesion map, plus that of the coarser levels at twice their size."""
+    lesion = _convolution(x, 1, 1, f"{name}_conv")
+    if coarser is None:
+        return lesion
+    repeated = layers.UpSampling2D(2, name=f"{name}_repeat")(coarser)
+    return layers.Add(name=f"{name}_add")([lesion, repeated])
+
+
+def _convolution(x: Tensor, filters: int, kernel: int, name: str, strides: int = 1) -> Tensor:
+    return layers.Conv2D(
+        filters, kernel, strides, "same", kernel_initializer="he_normal", name=name
+    )(x)
+
+
+def _norm_relu(x: Tensor, name: str) -> Tensor:
+    """Instance normalization and leaky ReLU."""
+    x = layers.GroupNormalization(groups=-1, epsilon=1e-5, name=f"{name}_norm")(x)
+    return layers.LeakyReLU(0.01, name=f"{name}_relu")(x)
+
+
+def describe_device() -> str:
+    """One line: backend and devices, `"tensorflow 2.21.0, Keras 3.15.1, on cpu:0"`."""
+    backend = keras.backend.backend()
+    devices = ", ".join(keras.distribution.list_devices())
+    return f"{backend} {sys.modules[backend].__version__}, Keras {keras.__version__}, on {devices}"
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Dice: per image, never pooled over a batch
+# ----------------------------------------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
+def dice_coefficient(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    """Dice coefficient of each image, the prediction cut at 0.5.
+
+    Args:
+        y_true: Masks in {0, 1}, `(N, height, width, 1)`.
+        y_pred: Probabilities in 0..1, of the same shape.
+
+    Returns:
+        `float32 (N,)` in 0..1; 1 where mask and prediction are both empty.
+    """
+    intersection, total = _overlap(ops.cast(y_true, "float32") > 0.5, y_pred > 0.5)
+    return ops.where(total > 0, 2 * intersection / ops.maximum(total, 1), 1.0)
+
+
+@keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
+def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    """Soft Dice loss of each image (Milletari et al. 2016, arXiv:1606.04797).
+
+    One pixel is added to numerator and denominator: an empty mask then divides nothing by zero,
+    and its loss falls to 0 as the prediction empties.
+
+    Args:
+        y_true: Masks in {0, 1}, `(N, height, width, 1)`.
+        y_pred: Probabilities in 0..1, of the same shape.
+
+    Returns:
+        `float32 (N,)` in 0..1.
+    """
+    intersection, total = _overlap(y_true, y_pred)
+    return 1 - (2 * intersection + 1) / (total + 1)
+
+
+def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection and sum of the two areas, `float32 (N,)` in pixels."""
+    y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
+    pixels = tuple(range(1, len(y_pred.shape)))
+    return ops.sum(y_true * y_pred, pixels), ops.sum(y_true, pixels) + ops.sum(y_pred, pixels)
+
+
+class Scores(TypedDict):
+    """What `score_masks` returns, each in 0..1."""
+
+    dice: float
+    jaccard: float
+    thresholded_jaccard: float
+    sensitivity: float
+    specificity: float
+    accuracy: float
+
+
+METRICS = tuple(Scores.__annotations__)
+
+
+def score_masks(truth: Array, prediction: Array) -> Scores:
+    """Scores one binary mask against another, as the ISIC challenges do.
+
+    With TP, FP, FN and TN pixels: Dice = 2 TP / (2 TP + FP + FN), Jaccard = TP / (TP + FP + FN),
+    thresholded Jaccard = Jaccard, or 0 if it is below 0.65, sensitivity = TP / (TP + FN),
+    specificity = TN / (TN + FP), accuracy = (TP + TN) / all. 0 / 0 counts as 1: of nothing,
+    nothing was missed.
+
+    Args:
+        truth: Mask in {0, 1} or bool, of any shape.
+        prediction: Mask of the same shape.
+
+    Returns:
+        The six scores by name.
+
+    Raises:
+        SegmentError: If the shapes differ, are empty, or a value is neither 0 nor 1.
+    """
+    if truth.shape != prediction.shape or not truth.size:
+        shapes = f"{truth.shape} and {prediction.shape}"
+        raise SegmentError(f"The masks have the shapes {shapes}: expected the same one twice.")
+    truth, prediction = _as_bool(truth, "truth"), _as_bool(prediction, "prediction")
+    hit = int(np.count_nonzero(truth & prediction))
+    missed, extra = int(np.count_nonzero(truth)) - hit, int(np.count_nonzero(prediction)) - hit
+    rest = truth.size - hit - missed - extra
+    jaccard = _ratio(hit, hit + missed + extra)
+    return {
+        "dice": _ratio(2 * hit, 2 * hit + missed + extra),
+        "jaccard": jaccard,
+        "thresholded_jaccard": jaccard if jaccard >= JACCARD_FAILURE else 0.0,
+        "sensitivity": _ratio(hit, hit + missed),
+        "specificity": _ratio(rest, rest + extra),
+        "accuracy": _ratio(hit + rest, truth.size),
+    }
+
+
+def _as_bool(mask: Array, name: str) -> NDArray[np.bool_]:
+    if not ((mask == 0) | (mask == 1)).all():
+        raise SegmentError(
+            f"The {name} holds values of {mask.min()} to {mask.max()}: expected a mask of 0 and 1."
+        )
+    return mask.astype(np.bool_)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Training and prediction
+# ----------------------------------------------------------------------------------------------
+
+
+def train_model(
+    model: keras.Model,
+    train_generator: keras.utils.PyDataset,
+    val_generator: keras.utils.PyDataset,
+    epochs: int,
+    *,
+    learning_rate: float = 1e-3,
+    save_path: StrPath | None = None,
+    split: Sequence[Pairs] | None = None,
+    log_path: StrPath | None = None,
+    verbose: str | int = "auto",
+) -> keras.callbacks.History:
+    """Trains a new model, or goes on with one that was trained before.
+
+    A model that is not compiled gets the soft Dice loss, Adam, and accuracy and Dice as metrics. A
+    loaded one keeps its optimizer, and its epochs are counted on. The learning rate falls along a
+    half cosine, from `learning_rate` in epoch 0 to nearly 0 in the last; a model with epochs behind
+    it enters the curve there. In the end, and also if training was interrupted, the model is that
+    of the epoch with the highest validation Dice, optimizer included.
+
+    Args:
+        model: What `create_model` or `load_model` returned; changed in place.
+        train_generator: Batches to train on.
+        val_generator: Batches to validate on after each epoch.
+        epochs: How many epochs to train, in addition to those before.
+        learning_rate: Peak of the learning rate.
+        save_path: `.keras` file that holds the best epoch so far at any time.
+        split: `(train, val, test)` as `train_val_test_split` returned it, for the file.
+        log_path: CSV file that gets a line an epoch, appended to if the model goes on.
+        verbose: Progress display, as in `keras.Model.fit`.
+
+    Returns:
+        The `History` of these epochs: loss, accuracy, Dice and learning rate. That of all epochs is
+        `model_record(model).history`.
+
+    Raises:
+        SegmentError: If `epochs` is not positive, a file cannot be loaded, or the loss is not a
+            finite number.
+    """
+    if epochs < 1:
+        raise SegmentError(f"epochs is {epochs}: expected 1 or more.")
+    if not model.compiled:
+        _compile(model)
+    if split is not None:
+        model_record(model).split = _split_names(split)
+    begun = len(model_record(model).history.get("loss", ()))
+    with tempfile.TemporaryDirectory() as folder:
+        best_epoch = _BestEpoch(Path(save_path or f"{folder}/best.keras"))
+        callbacks = [
+            keras.callbacks.TerminateOnNaN(),
+            keras.callbacks.LearningRateScheduler(_half_cosine(learning_rate, begun + epochs)),
+            keras.callbacks.LambdaCallback(on_epoch_begin=_epoch_setter(train_generator)),
+            *_csv_loggers(log_path, append=begun > 0),
+            best_epoch,
+        ]
+        try:
+            with _naming_the_file(train_generator, val_generator):
+                history = model.fit(
+                    train_generator, validation_data=val_generator, verbose=verbose,
+                    initial_epoch=begun, epochs=begun + epochs, callbacks=callbacks,
+                    shuffle=False,  # the generator shuffles by itself
+                )  # fmt: skip
+        finally:
+            best_epoch.restore()
+    if not np.isfinite(history.history["loss"]).all():
+        raise SegmentError(
+            f"The loss became {history.history['loss'][-1]} in epoch {history.epoch[-1] + 1}, "
+            f"where training stopped: try a lower learning rate than {learning_rate:g}."
+        )
+    return history
+
+
+def _compile(model: keras.Model) -> None:
+    model.compile(
+        optimizer=keras.optimizers.Adam(),
+        loss=dice_loss,
+        metrics=[keras.metrics.BinaryAccuracy(name="accuracy"), dice_coefficient],
+    )
+
+
+def _csv_loggers(path: StrPath | None, append: bool) -> list[keras.callbacks.CSVLogger]:
+    if path is None:
+        return []
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return [keras.callbacks.CSVLogger(path, append=append)]
+
+
+def _half_cosine(peak: float, epochs: int) -> Any:
+    return lambda epoch, _: peak * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def _epoch_setter(generator: Any) -> Any:
+    """Ties the generator's randomness to the epoch's number, so that training can go on later."""
+    return lambda epoch, _: setattr(generator, "epoch", epoch)
+
+
+class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Records every epoch in the model's record and keeps the best one in a file.
+
+    Unlike `keras.callbacks.ModelCheckpoint` it writes the file whole or not at all, with the record
+    in it, and puts the best epoch back into the model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.best: float | None = None
+
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
+        earlier = model_record(self.model).history.get(BEST)
+        if earlier:  # a model that goes on is itself the best so far
+            self._keep(max(earlier))
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+        logs = {name: float(value) for name, value in (logs or {}).items()}
+        for name, value in logs.items():
+            model_record(self.model).history.setdefault(name, []).append(value)
+        if math.isfinite(logs["loss"]) and (self.best is None or logs[BEST] > self.best):
+            self._keep(logs[BEST])
+
+    def _keep(self, best: float) -> None:
+        self.best = best
+        save_model(self.model, self.path)
+
+    def restore(self) -> None:
+        if self.best is not None:
+            self.model.load_weights(self.path)
+
+
+@contextlib.contextmanager
+def _naming_the_file(*generators: Any) -> Iterator[None]:
+    """A backend wraps what a generator raises in an error of its own; raises the generator's."""
+    try:
+        yield
+    except Exception as error:
+        for generator in generators:
+            failure = getattr(generator, "failure", None)
+            if failure is not None:
+                generator.failure = None
+                raise failure from error
+        raise
+
+
+def predict(model: keras.Model, generator: ImageGenerator, *, verbose: str | int = "auto") -> Array:
+    """Predicts every image of a generator that does not shuffle.
+
+    Args:
+        model: A trained model.
+        generator: The images; masks are not looked at.
+        verbose: Progress display, as in `keras.Model.predict`.
+
+    Returns:
+        Lesion probabilities `float32 (images, height, width, 1)` in the order of
+        `generator.image_paths`.
+
+    Raises:
+        SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
+    """
+    _, *frame, _ = model.input_shape
+    if tuple(frame) != generator.image_size:
+        raise SegmentError(
+            f"The model takes images of {tuple(frame)}, but the generator makes "
+            f"{generator.image_size}: create both with the same image_size."
+        )
+    with _naming_the_file(generator):
+        return np.asarray(model.predict(generator, verbose=verbose))
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Saving: network, split, threshold and history in one .keras file
+# ----------------------------------------------------------------------------------------------
+
+RECORD_MEMBER = "segment.json"  # inside the .keras file, which is a zip archive; Keras ignores it
+RECORD_FORMAT = 1
+
+
+@dataclasses.dataclass
+class ModelRecord:
+    """What a model file knows besides the network, so that evaluation needs nothing else.
+
+    Attributes:
+        split: File names of the images under `"train"`, `"val"` and `"test"`.
+        threshold: Probability from which a pixel is lesion, in 0..1.
+        history: A value an epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on.
+        geometry: How images were fitted into the frame.
+        format: Version of the record.
+    """
+
+    split: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    threshold: float = 0.5
+    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    geometry: str = "letterbox"
+    format: int = RECORD_FORMAT
+
+
+def model_record(model: keras.Model) -> ModelRecord:
+    """The record that belongs to a model; an empty one for a model that has none yet."""
+    if not isinstance(getattr(model, "record", None), ModelRecord):
+        model.record = ModelRecord()
+    record: ModelRecord = model.record
+    return record
+
+
+def save_model(
+    model: keras.Model,
+    path: StrPath,
+    *,
+    split: Sequence[Pairs] | None = None,
+    threshold: float | None = None,
+) -> None:
+    """Saves a model in one `.keras` file, whole or not at all.
+
+    Args:
+        model: The model; its record is saved with it.
+        path: A file name that ends in `.keras`; folders are made, a file there is replaced.
+        split: `(train, val, test)` as `train_val_test_split` returned it; as before if `None`.
+        threshold: Probability from which a pixel is lesion; as before if `None`.
+
+    Raises:
+        SegmentError: If the name does not end in `.keras`, the file cannot be written, or the
+            threshold is not between 0 and 1.
+    """
+    if Path(path).suffix != ".keras":
+        raise SegmentError(f"{path} does not end in .keras: give the model file a name that does.")
+    record = model_record(model)
+    if split is not None:
+        record.split = _split_names(split)
+    if threshold is not None:
+        record.threshold = _check_threshold(threshold)
+    with _written_whole(path) as temporary:
+        model.save(temporary)
+        with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(RECORD_MEMBER, json.dumps(dataclasses.asdict(record), indent=1))
+
+
+def load_model(path: StrPath) -> keras.Model:
+    """Loads a model that `save_model` wrote.
+
+    Nothing that the file holds is executed (Keras' safe mode).
+
+    Args:
+        path: The `.keras` file.
+
+    Returns:
+        The model, compiled as it was, its record under `model_record`. A plain Keras file gets an
+        empty record.
+
+    Raises:
+        SegmentError: If there is no such file, or it is not a whole, known model file.
+    """
+    if not Path(path).is_file():
+        raise SegmentError(f"{path}: there is no such model file; give one that save_model wrote.")
+    try:
+        model = keras.saving.load_model(path, safe_mode=True)
+        model.record = _read_record(path)
+        shapes = model.input_shape, model.output_shape
+    except SegmentError:
+        raise
+    except Exception as error:  # anything at all can be wrong with a file from elsewhere
+        reason = str(error).strip().split("\n")[0]
+        raise SegmentError(f"{path}: not a whole, safe Keras 3 model file ({reason}).") from error
+    if shapes[0][3:] != (3,) or shapes[1] != (*shapes[0][:3], 1) or None in shapes[0][1:]:
+        raise SegmentError(
+            f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
+            "(None, height, width, 1), as create_model makes it."
+        )
+    return model
+
+
+def _read_record(path: StrPath) -> ModelRecord:
+    with zipfile.ZipFile(path) as archive:
+        if RECORD_MEMBER not in archive.namelist():
+            return ModelRecord()
+        fields = json.loads(archive.read(RECORD_MEMBER))
+    if fields["format"] > RECORD_FORMAT or fields["geometry"] != "letterbox":
+        raise SegmentError(
+            f"{path} was written by a newer version (format {fields['format']}, geometry "
+            f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py."
+        )
+    return ModelRecord(**fields)
+
+
+def _split_names(split: Sequence[Pairs]) -> dict[str, list[str]]:
+    parts = zip(("train", "val", "test"), split, strict=True)
+    return {name: [Path(image).name for image in images] for name, (images, _) in parts}
+
+
+def stored_test_split(
+    model: keras.Model, image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]
+) -> Pairs:
+    """The test set that was put aside when the model was trained.
+
+    Args:
+        model: A loaded model.
+        image_paths: Image files of the folder that it was trained on.
+        mask_paths: Their masks, in the same order.
+
+    Returns:
+        `(image_paths, mask_paths)` of the test set, in the order of the split.
+
+    Raises:
+        SegmentError: If the model holds no test set, or part of it is not among the images.
+    """
+    names = model_record(model).split.get("test", [])
+    pairs = zip(map(str, image_paths), map(str, mask_paths), strict=True)
+    found = {Path(image).name: (image, mask) for image, mask in pairs}
+    missing = [name for name in names if name not in found]
+    if missing or not names:
+        what = f"{len(missing)} of its {len(names)} test images are" if names else "its test set is"
+        raise SegmentError(
+            f"This is not the folder that the model was trained on: {what} not among the "
+            f"{len(found)} images ({_shorten(missing) or 'it has none'}). Give that folder, or "
+            "score every image of this one (--all)."
+        )
+    return _unzip([found[name] for name in names])
+
+
+def image_ids_seen(model: keras.Model, image_paths: Sequence[StrPath]) -> list[str]:
+    """Ids of those images that the model was trained or validated on, by name, in order."""
+    split = model_record(model).split
+    seen = {image_id(name) for part in ("train", "val") for name in split.get(part, ())}
+    return [image_id(path) for path in image_paths if image_id(path) in seen]
+
+
+@contextlib.contextmanager
+def _written_whole(path: StrPath) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place only when it is complete."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise SegmentError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Results: every image at its own size, numbers first, then figures
+# ----------------------------------------------------------------------------------------------
+
+
+class ImageScores(Scores):
+    """The scores of one image, and which it is."""
+
+    id: str
+
+
+def restore_masks(
+    generator: ImageGenerator, predictions: Array, *, threshold: float = 0.5
+) -> Iterator[NDArray[np.bool_]]:
+    """Puts predictions back onto the original pictures, one at a time.
+
+    The inverse of `letterbox`: the box is cropped, resized to the picture's own size, and cut.
+
+    Args:
+        generator: What the predictions were made from.
+        predictions: Lesion probabilities `(images, height, width, 1)`.
+        threshold: Probability from which a pixel is lesion, in 0..1.
+
+    Yields:
+        `bool (height, width)` at each picture's own size, in the order of `generator.image_paths`.
+
+    Raises:
+        SegmentError: If the predictions do not belong to the generator.
+    """
+    _check_predictions(generator, predictions)
+    _check_threshold(threshold)
+    for path, prediction in zip(generator.image_paths, predictions, strict=True):
+        size = _size_of(path)
+        inside = Image.fromarray(_crop(prediction, size)[..., 0].astype(np.float32))
+        resized = inside.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        yield np.asarray(resized) >= threshold
+
+
+def _crop(frame: Array, size: Size) -> Array:
+    """The part of a frame `(H, W, C)` in which a picture of `size` lies."""
+    top, left, height, width = letterbox(size, (frame.shape[0], frame.shape[1]))
+    return frame[top : top + height, left : left + width]
+
+
+def _check_predictions(generator: ImageGenerator, predictions: Array) -> None:
+    expected = (len(generator.image_paths), *generator.image_size, 1)
+    if predictions.shape != expected:
+        raise SegmentError(
+            f"Predictions of shape {predictions.shape} do not belong to this generator, which "
+            f"gives {expected}: predict with it."
+        )
+    if generator.shuffle:
+        raise SegmentError(
+            "The predictions of a generator that shuffles cannot be told apart: create it with "
+            "shuffle=False."
+        )
+
+
+def _check_threshold(threshold: float) -> float:
+    if not 0 < threshold < 1:
+        raise SegmentError(f"threshold is {threshold}: expected a probability between 0 and 1.")
+    return threshold
+
+
+def save_masks(
+    generator: ImageGenerator, predictions: Array, output_dir: StrPath, *, threshold: float = 0.5
+) -> None:
+    """Writes the predicted masks as the ISIC challenges want them.
+
+    Args:
+        generator: What the predictions were made from; needs no masks.
+        predictions: Lesion probabilities `(images, height, width, 1)`.
+        output_dir: Folder for `ISIC_0012345_segmentation.png` and so on: the picture's own size,
+            one channel, 0 or 255.
+        threshold: Probability from which a pixel is lesion, in 0..1.
+
+    Raises:
+        SegmentError: If the predictions belong elsewhere, or a file cannot be written.
+    """
+    masks = restore_masks(generator, predictions, threshold=threshold)
+    for path, mask in zip(generator.image_paths, masks, strict=True):
+        _write_mask(mask, path, output_dir)
+
+
+def _write_mask(mask: NDArray[np.bool_], image_path: str, output_dir: StrPath) -> None:
+    with _written_whole(Path(output_dir) / f"{image_id(image_path)}_segmentation.png") as temporary:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
+
+
+def results(
+    test_generator: ImageGenerator,
+    predictions: Array,
+    *,
+    num_imgs: int = 4,
+    threshold: float = 0.5,
+    history: Mapping[str, Sequence[float]] | None = None,
+    output_dir: StrPath | None = None,
+) -> list[ImageScores]:
+    """Scores each prediction at its picture's own size; prints, draws and writes the outcome.
+
+    Prints the summary and the worst images. Draws the first `num_imgs` images with target and
+    prediction, the `num_imgs` worst ones with both contours, the histogram of Dice, and the
+    learning curves. A notebook shows these figures; a script gets them through `output_dir`.
+
+    Args:
+        test_generator: The images and masks, not shuffled.
+        predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them.
+        num_imgs: How many images to draw in each of the two forms.
+        threshold: Probability from which a pixel is lesion, in 0..1.
+        history: `model_record(model).history`, for the learning curves.
+        output_dir: Folder for `scores.csv` (a row an image, full precision), `summary.json`, the
+            figures as PNG, and the predicted masks under `masks/`.
+
+    Returns:
+        The scores of each image in the order of the generator.
+
+    Raises:
+        SegmentError: If there are no masks, one has not its image's size, the predictions do not
+            belong to the generator, or a file cannot be written.
+    """
+    scores = _score_images(test_generator, predictions, threshold, output_dir)
+    print(_report(scores))
+    figures = dict(_figures(test_generator, predictions, scores, num_imgs, threshold, history))
+    if output_dir is not None:
+        _write_tables(scores, threshold, Path(output_dir))
+        for name, figure in figures.items():
+            save_figure(figure, Path(output_dir) / f"{name}.png")
+    _show(figures.values())
+    return scores
+
+
+def _score_images(
+    generator: ImageGenerator, predictions: Array, threshold: float, output_dir: StrPath | None
+) -> list[ImageScores]:
+    """Scores (and writes) one full-size mask after the other; never holds two."""
+    scores: list[ImageScores] = []
+    masks = restore_masks(generator, predictions, threshold=threshold)
+    pairs = zip(generator.image_paths, _masks_of(generator), strict=True)
+    for (image_path, mask_path), mask in zip(pairs, masks, strict=True):
+        _check_same_size(image_path, mask_path)
+        truth = load_segmented_image(mask_path, None)[..., 0]
+        scores.append({"id": image_id(image_path), **score_masks(truth, mask)})
+        if output_dir is not None:
+            _write_mask(mask, image_path, Path(output_dir) / "masks")
+    return scores
+
+
+def _masks_of(generator: ImageGenerator) -> list[str]:
+    if generator.mask_paths is None:
+        raise SegmentError("Results need the masks of the images: save_masks works without them.")
+    return generator.mask_paths
+
+
+def summarize(scores: Sequence[ImageScores]) -> dict[str, Any]:
+    """Sums the scores of many images up, beyond their mean.
+
+    Args:
+        scores: What `results` returned, at least one image.
+
+    Returns:
+        `{"images": count, "failures": images with a Jaccard below 0.65, "worst": ids by rising Dice
+        (ten at most)}` and for each metric `{"mean", "median", "std", "p10", "min"}`.
+    """
+    summary: dict[str, Any] = {
+        "images": len(scores),
+        "failures": sum(score["jaccard"] < JACCARD_FAILURE for score in scores),
+        "worst": [scores[i]["id"] for i in _worst_first(scores)[:10]],
+    }
+    for metric in METRICS:
+        values = np.array([score[metric] for score in scores])  # type: ignore[literal-required]
+        summary[metric] = {
+            "mean": float(values.mean()),
+            "median": float(np.median(values)),
+            "std": float(values.std()),
+            "p10": float(np.percentile(values, 10)),
+            "min": float(values.min()),
+        }
+    return summary
+
+
+def _worst_first(scores: Sequence[ImageScores]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: scores[i]["dice"])
+
+
+def _report(scores: Sequence[ImageScores]) -> str:
+    """The printed summary: a table of the metrics, the failures, the worst images."""
+    summary = summarize(scores)
+    columns = ("mean", "median", "p10", "min")
+    lines = [f"{len(scores)} images, each scored at its own size"]
+    lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in columns))
+    for metric in METRICS:
+        values = "".join(f"{summary[metric][column]:10.6f}" for column in columns)
+        lines.append(f"{metric.replace('_', ' '):20}{values}")
+    share = summary["failures"] / len(scores)
+    lines.append(f"Jaccard below {JACCARD_FAILURE}: {summary['failures']} images ({share:.1%})")
+    lines.append("Worst images by Dice:")
+    lines += [f"  {scores[i]['id']}  {scores[i]['dice']:.6f}" for i in _worst_first(scores)[:5]]
+    return "\n".join(lines)
+
+
+def _write_tables(scores: Sequence[ImageScores], threshold: float, output_dir: Path) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ("id", *METRICS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(scores)
+    summary = json.dumps({"threshold": threshold, **summarize(scores)}, indent=1)
+    for name, text in (("scores.csv", table.getvalue()), ("summary.json", summary)):
+        with _written_whole(output_dir / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _figures(
+    generator: ImageGenerator,
+    predictions: Array,
+    scores: Sequence[ImageScores],
+    num_imgs: int,
+    threshold: float,
+    history: Mapping[str, Sequence[float]] | None,
+) -> Iterator[tuple[str, Figure]]:
+    """The figures of `results` by file name; 20 images a figure, which its first one numbers."""
+    chosen = {"predictions": list(range(len(scores))), "worst": _worst_first(scores)}
+    for name, indices in chosen.items():
+        for start in range(0, min(num_imgs, len(scores)), 20):
+            page = indices[start : min(start + 20, num_imgs)]
+            yield name + f"_{start + 1}" * (num_imgs > 20), plot_predictions(
+                generator, predictions, scores, page, threshold=threshold, contours=name == "worst"
+            )
+    yield "histogram", plot_dice_histogram(scores)
+    if history:
+        yield "training", plot_history(history)
+
+
+def plot_predictions(
+    generator: ImageGenerator,
+    predictions: Array,
+    scores: Sequence[ImageScores],
+    indices: Sequence[int],
+    *,
+    threshold: float = 0.5,
+    contours: bool = False,
+) -> Figure:
+    """Draws a row of input, target and prediction for each chosen image, with id and Dice.
+
+    Args:
+        generator: The images and masks.
+        predictions: Lesion probabilities `(images, height, width, 1)`.
+        scores: What `results` returned.
+        indices: Which images to draw, in this order.
+        threshold: Probability from which a pixel is lesion, in 0..1.
+        contours: Whether to draw the outlines of target and prediction over the input.
+
+    Returns:
+        The figure.
+    """
+    image_paths, mask_paths = generator.image_paths, _masks_of(generator)
+    figure, axes = _subplots(len(indices), 3, width=8, height=0.4 + 2.2 * len(indices))
+    for row, i in enumerate(indices):
+        size = _size_of(image_paths[i])
+        image = _crop(load_input_image(image_paths[i], generator.image_size), size)
+        target = _crop(load_segmented_image(mask_paths[i], generator.image_size), size)
+        prediction = _crop(predictions[i], size) >= threshold
+        cells = axes[3 * row : 3 * row + 3]
+        titles = (scores[i]["id"], "Target", f"Prediction, Dice {scores[i]['dice']:.4f}")
+        for cell, picture, title in zip(cells, (image, target, prediction), titles, strict=True):
+            cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            cell.set_title(title, fontsize="medium")
+            cell.axis("off")
+        if contours:
+            _draw_contours(cells[0], target[..., 0], prediction[..., 0])
+    return figure
+
+
+def _draw_contours(axes: Axes, target: Array, prediction: Array) -> None:
+    for mask, color, name in ((target, "lime", "target"), (prediction, "magenta", "prediction")):
+        # A rim of background closes the outline of a lesion that the picture's edge cuts.
+        padded = np.pad(mask.astype(float), 1)
+        if mask.any():
+            x, y = (np.arange(side + 2) - 1 for side in mask.shape[::-1])
+            axes.contour(x, y, padded, levels=[0.5], colors=color, linewidths=1.5)
+        axes.plot([], [], color=color, label=name)
+    axes.legend(loc="lower left", fontsize="x-small")
+
+
+def plot_dice_histogram(scores: Sequence[ImageScores]) -> Figure:
+    """Draws how the Dice coefficients of the images are distributed.
+
+    Args:
+        scores: What `results` returned.
+
+    Returns:
+        The figure, with mean and median marked.
+    """
+    dice = np.array([score["dice"] for score in scores])
+    figure, (axes,) = _subplots(1, 1, width=7, height=4)
+    axes.hist(dice, bins=40, range=(0, 1), color="tab:blue", edgecolor="white")
+    axes.axvline(dice.mean(), color="tab:red", label=f"Mean {dice.mean():.4f}")
+    axes.axvline(np.median(dice), color="black", ls="--", label=f"Median {np.median(dice):.4f}")
+    axes.set(xlabel="Dice coefficient", ylabel="Images", xlim=(0, 1))
+    axes.set_title(f"Dice of {len(dice)} images, each at its own size")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
+    """Draws accuracy, loss and Dice over the epochs, the best epoch marked.
+
+    Args:
+        history: `model_record(model).history`, or the `history` of a Keras `History`.
+
+    Returns:
+        The figure: a panel for each quantity, with training and validation curve.
+    """
+    panels = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
+    best = int(np.argmax(history[BEST])) + 1
+    figure, axes = _subplots(1, 3, width=12, height=3.6)
+    for cell, (name, title) in zip(axes, panels.items(), strict=True):
+        for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
+            cell.plot(range(1, len(history[key]) + 1), history[key], ".-", label=label)
+        cell.axvline(best, color="gray", ls="--", label=f"Best epoch ({best})")
+        cell.set(title=title, xlabel="Epoch")
+        cell.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend()
+    return figure
+
+
+def save_figure(figure: Figure, path: StrPath) -> None:
+    """Writes a figure as a PNG file, whole or not at all; folders are made."""
+    with _written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure in inches and its axes, which pyplot does not keep alive or show by itself."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
+    )
+    plt.close(figure)
+    return figure, list(axes.flat)
+
+
+def _show(figures: Iterable[Figure]) -> None:
+    """Shows figures in a notebook; elsewhere nothing opens and nothing blocks."""
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and ipython.get_ipython() is not None:
+        for figure in figures:
+            ipython.display.display(figure)

@@ -1,0 +1,21 @@
+"""The tests of model, Dice and saving once more, on JAX."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+FILES = ("test_model.py", "test_dice.py", "test_saving.py")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="JAX is not installed")
+def test_model_dice_and_saving_pass_on_jax() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " skipped" not in done.stdout

@@ -1,0 +1,249 @@
+"""Both drivers: in process, and once as a person runs them."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakePairs
+
+import driver_load_evaluate
+import driver_train_save_evaluate
+import segment
+
+ROOT = Path(__file__).parents[1]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def train(make_pairs: MakePairs, tmp_path: Path, eager: None) -> Run:
+    """Runs the train driver for an epoch on 12 small pairs, with further options."""
+    make_pairs(12)
+
+    def run(*options: str) -> int:
+        return driver_train_save_evaluate.main(
+            [*data(tmp_path), "--image-size", "32", "32", "--epochs", "1", "--test-split", "0.25",
+             "--output", str(tmp_path / "trained"), *options]
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Run:
+    """Runs the load driver on what `train` saved, with further options."""
+
+    def run(*options: str) -> int:
+        model, output = tmp_path / "trained" / "model.keras", tmp_path / "loaded"
+        return driver_load_evaluate.main(
+            [str(model), *data(tmp_path), "--output", str(output), *options]
+        )
+
+    return run
+
+
+def data(folder: Path, name: str = "data") -> list[str]:
+    images, masks = folder / name / "images", folder / name / "masks"
+    return ["--image-dir", str(images), "--mask-dir", str(masks)]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_load_driver_repeats_every_score_of_the_train_driver(
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    trained = capsys.readouterr().out
+    assert load() == 0
+    loaded = capsys.readouterr().out
+    scores = rows(tmp_path / "trained")
+    assert len(scores) == 3
+    assert rows(tmp_path / "loaded") == scores
+    table = trained[trained.index("3 images, each") : trained.index("Scores, figures")]
+    assert table in loaded
+    assert "Evaluating the 3 test images put aside in training" in loaded
+
+
+def test_the_test_images_were_never_trained_or_validated_on(train: Run, tmp_path: Path) -> None:
+    train()
+    model = segment.load_model(tmp_path / "trained" / "model.keras")
+    split = segment.model_record(model).split
+    tested = {row["id"] for row in rows(tmp_path / "trained")}
+    seen = {segment.image_id(name) for part in ("train", "val") for name in split[part]}
+    assert len(tested) + len(seen) == 12
+    assert not tested & seen
+
+
+def test_everything_documented_is_written(train: Run, tmp_path: Path) -> None:
+    train("--inspect")
+    assert set(os.listdir(tmp_path / "trained")) == {
+        "image_sizes.png", "model.keras", "training.csv", "scores.csv", "summary.json", "masks",
+        "predictions.png", "worst.png", "histogram.png", "training.png",
+    }  # fmt: skip
+
+
+STEPS = (
+    "find_image_pairs", "inspect", "plot_image_sizes", "train_val_test_split", "create_generator",
+    "create_model", "train_model", "save_model", "load_model", "predict", "results",
+)  # fmt: skip
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The documented functions in the order in which the drivers call them."""
+    called: list[str] = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        function = getattr(segment, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if sys._getframe(1).f_code.co_filename != segment.__file__:
+                called.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        monkeypatch.setattr(segment, name, spy(name))
+    return called
+
+
+def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: list[str]) -> None:
+    train("--inspect")
+    assert steps == [
+        "find_image_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
+        *["create_generator"] * 3, "create_model", "train_model", "save_model", "predict",
+        "results",
+    ]  # fmt: skip
+    steps.clear()
+    load("--inspect")
+    assert steps == [
+        "find_image_pairs", "inspect", "plot_image_sizes", "load_model", "create_generator",
+        "predict", "results",
+    ]  # fmt: skip
+
+
+def test_sizes_are_inspected_only_when_asked_for(train: Run, steps: list[str]) -> None:
+    train()
+    assert "inspect" not in steps
+    assert "plot_image_sizes" not in steps
+
+
+def test_another_folder_is_scored_whole_only_with_all(
+    train: Run, load: Run, make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train()
+    images, masks = make_pairs(4, folder="other")
+    for paths in (images, masks):
+        for path in map(Path, paths):
+            path.rename(path.with_name(path.name.replace("ISIC_", "other_")))
+    assert load(*data(tmp_path, "other")) == 2
+    assert "not the folder that the model was trained on" in capsys.readouterr().err
+    assert load(*data(tmp_path, "other"), "--all") == 0
+    assert "Warning" not in capsys.readouterr().err
+    assert [row["id"] for row in rows(tmp_path / "loaded")] == [f"other_{i:07}" for i in range(4)]
+
+
+def test_training_images_in_a_test_are_never_passed_over_in_silence(
+    train: Run, load: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train()
+    assert load("--all") == 0
+    assert "Warning: 9 of these images were used in training" in capsys.readouterr().err
+
+
+def test_a_subset_takes_the_first_pairs(train: Run, tmp_path: Path) -> None:
+    train("--subset", "8")
+    split = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras")).split
+    names = sorted(name for part in split.values() for name in part)
+    assert names == [f"ISIC_{i:07}.png" for i in range(8)]
+
+
+def test_bad_data_ends_in_a_sentence_and_status_2(
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load() == 2
+    assert "model.keras: there is no such model file" in capsys.readouterr().err
+    assert train("--image-size", "30", "32") == 2
+    assert "divisible by 16" in capsys.readouterr().err
+    (tmp_path / "data" / "images" / "ISIC_0000003.png").unlink()
+    assert train() == 2
+    assert "1 masks without an image (ISIC_0000003)" in capsys.readouterr().err
+    (tmp_path / "data" / "masks" / "ISIC_0000003_segmentation.png").unlink()
+    (tmp_path / "data" / "images" / "ISIC_0000002.png").write_bytes(b"no image")
+    assert train() == 2
+    assert "ISIC_0000002.png: cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image-dir", "x"], "--image-dir and --mask-dir go together"),
+        (["--save", "model.h5"], "ends in .keras"),
+        (["--epochs", "0"], "0 is not 1 or more"),
+        (["--image-size", "256"], "expected 2 arguments"),
+    ],
+)
+def test_wrong_options_end_in_a_sentence_and_status_2(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        driver_train_save_evaluate.main(options)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_the_best_model_and_ends_with_130(
+    train: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keep = segment._BestEpoch.on_epoch_end
+
+    def interrupt(self: Any, epoch: int, logs: Any = None) -> None:
+        keep(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment._BestEpoch, "on_epoch_end", interrupt)
+    assert train("--epochs", "9") == 130
+    assert "The best epoch so far is in" in capsys.readouterr().err
+    model = segment.load_model(tmp_path / "trained" / "model.keras")
+    assert len(segment.model_record(model).history["loss"]) == 1
+
+
+def test_help_comes_without_starting_tensorflow() -> None:
+    for driver in ("driver_train_save_evaluate", "driver_load_evaluate"):
+        code = f"import sys, {driver} as d\ntry: d.main(['--help'])\nfinally: print(*sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert "--image-dir DIR" in done.stdout
+        assert "keras" not in done.stdout.split("\n")[-2].split()
+
+
+def test_a_person_runs_both_drivers(make_pairs: MakePairs, tmp_path: Path) -> None:
+    make_pairs(12)
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, *command, *data(tmp_path), "--output", str(tmp_path / "out")]
+        environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    size = ("--image-size", "32", "32", "--epochs", "1")
+    trained = run("driver_train_save_evaluate.py", *size)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr == ""
+    first, *_ = trained.stdout.splitlines()
+    assert first.startswith("Device: ")
+    loaded = run("driver_load_evaluate.py", str(tmp_path / "out" / "model.keras"))
+    assert (loaded.returncode, loaded.stderr) == (0, "")
+    assert trained.stdout.split("images, each")[1] == loaded.stdout.split("images, each")[1]

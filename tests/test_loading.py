@@ -1,0 +1,177 @@
+"""From a file to an array in the network's frame, and back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakePairs, draw_lesion
+from PIL import Image
+
+import segment
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def quarters(width: int, height: int) -> Image.Image:
+    """Red and green above blue and white."""
+    colors = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
+    return Image.fromarray(colors.repeat(height // 2, 0).repeat(width // 2, 1))
+
+
+def test_a_wide_picture_lies_centred_between_black_bars(tmp_path: Path) -> None:
+    quarters(40, 20).save(tmp_path / "a.png")
+    image = segment.load_input_image(tmp_path / "a.png", (32, 32))
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
+    assert not image[:8].any()
+    assert not image[24:].any()
+    assert [tuple(image[y, x]) for y, x in ((9, 1), (9, 30), (22, 1), (22, 30))] == [
+        RED, GREEN, BLUE, WHITE,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "frame", "box"),
+    [
+        ((100, 200), (64, 64), (16, 0, 32, 64)),
+        ((200, 100), (64, 64), (0, 16, 64, 32)),
+        ((30, 40), (192, 256), (0, 0, 192, 256)),
+        ((4499, 6748), (256, 256), (42, 0, 171, 256)),
+        ((4000, 3), (64, 64), (0, 31, 64, 1)),
+    ],
+)
+def test_the_letterbox_is_as_large_as_it_can_be_and_centred(
+    size: segment.Size, frame: segment.Size, box: tuple[int, ...]
+) -> None:
+    assert segment.letterbox(size, frame) == box
+
+
+def test_the_exif_orientation_is_applied_to_loading_and_to_inspection(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise by 90 degrees
+    quarters(40, 20).save(tmp_path / "a.png", exif=exif)
+    image = segment.load_input_image(tmp_path / "a.png", (40, 20))
+    assert [tuple(image[y, x]) for y, x in ((1, 1), (1, 18), (38, 1), (38, 18))] == [
+        BLUE, RED, WHITE, GREEN,
+    ]  # fmt: skip
+    assert segment.inspect([tmp_path / "a.png"]) == {(40, 20): 1}
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK"])
+def test_other_colour_modes_give_the_same_picture(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    quarters(40, 20).convert(mode).save(path)
+    expected = np.asarray(quarters(40, 20))
+    np.testing.assert_allclose(segment.load_input_image(path, None), expected, atol=2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_grey_levels_of_8_and_16_bits_become_the_same_rgb(tmp_path: Path, dtype: type) -> None:
+    levels = np.arange(256, dtype=dtype).reshape(16, 16) * dtype(257 if dtype == np.uint16 else 1)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    image = segment.load_input_image(tmp_path / "a.png", (16, 16))
+    np.testing.assert_array_equal(image, np.arange(256).reshape(16, 16, 1).repeat(3, 2))
+
+
+def test_a_large_jpeg_loads_as_if_it_had_been_decoded_whole(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+    coarse.resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    whole = Image.open(tmp_path / "a.jpg").resize((128, 96), Image.Resampling.BILINEAR)
+    image = segment.load_input_image(tmp_path / "a.jpg", (96, 128))
+    assert np.abs(image.astype(int) - np.asarray(whole)).mean() < 0.5
+
+
+def save_mask(path: Path, kind: str) -> np.ndarray:
+    """A lesion's mask in one of the ways that people store them; returns the truth."""
+    mask = draw_lesion((60, 80), 3)[1]
+    levels = np.asarray(mask)
+    pictures = {
+        "1 bit": mask.convert("1"),
+        "0 and 1": Image.fromarray(levels // 255),
+        "16 bits": Image.fromarray(levels.astype(np.uint16) * 257),
+        "rgb": mask.convert("RGB"),
+        "rgba": mask.convert("RGBA"),
+        "palette": mask.convert("P"),
+        "jpeg": mask,
+    }
+    pictures[kind].save(path, quality=75)  # which only a JPEG heeds
+    return levels > 0
+
+
+@pytest.mark.parametrize(
+    "kind", ["1 bit", "0 and 1", "16 bits", "rgb", "rgba", "palette", "jpeg"]
+)
+def test_a_mask_is_read_however_it_is_stored(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("a.jpg" if kind == "jpeg" else "a.png")
+    truth = save_mask(path, kind)
+    mask = segment.load_segmented_image(path, None)
+    assert mask.shape == (60, 80, 1)
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) == {0, 1}
+    np.testing.assert_array_equal(mask[..., 0], truth)
+
+
+@pytest.mark.parametrize("values", [(0, 128, 255), (0, 1, 2), (0, 1, 255), (0, 254)])
+def test_a_mask_of_other_values_is_refused_and_they_are_named(
+    tmp_path: Path, values: tuple[int, ...]
+) -> None:
+    levels = np.zeros((50, 50), np.uint8)
+    levels[0, : len(values)] = values
+    Image.fromarray(levels).save(tmp_path / "labels.png")
+    with pytest.raises(segment.SegmentError, match=rf"labels\.png: .* values \({values[0]}, "):
+        segment.load_segmented_image(tmp_path / "labels.png")
+
+
+def test_a_photograph_is_no_mask(tmp_path: Path) -> None:
+    draw_lesion((60, 80), 0)[0].save(tmp_path / "photo.jpg")
+    with pytest.raises(segment.SegmentError, match="expected a mask of 0 and 255"):
+        segment.load_segmented_image(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("frame", [(64, 64), (96, 128), (256, 256)])
+def test_lesions_neither_shrink_nor_grow_in_the_frame(tmp_path: Path, frame: segment.Size) -> None:
+    changes = []
+    for seed in range(8):
+        mask = draw_lesion((450, 600), seed)[1]
+        mask.save(tmp_path / "a.png")
+        _, _, height, width = segment.letterbox((450, 600), frame)
+        area = segment.load_segmented_image(tmp_path / "a.png", frame).sum() / (height * width)
+        changes.append(area / (np.asarray(mask) > 0).mean() - 1)
+    assert np.abs(changes).max() < 0.02
+    assert abs(np.mean(changes)) < 0.005
+
+
+@pytest.mark.parametrize("size", [(300, 401), (401, 300), (50, 37)])
+def test_a_mask_put_into_the_frame_and_back_is_the_same_mask(
+    tmp_path: Path, size: segment.Size, make_pairs: MakePairs
+) -> None:
+    images, masks = make_pairs(1, size)
+    frame = segment.load_segmented_image(masks[0], (256, 256))
+    generator = segment.create_generator(images, masks, image_size=(256, 256))
+    (restored,) = segment.restore_masks(generator, frame[None].astype(np.float32))
+    truth = segment.load_segmented_image(masks[0], None)[..., 0]
+    assert restored.shape == size
+    assert segment.score_masks(truth, restored)["dice"] > 0.985
+
+
+def test_putting_back_keeps_the_left_the_left(make_pairs: MakePairs) -> None:
+    images, _ = make_pairs(1, (30, 60))
+    prediction = np.zeros((1, 64, 64, 1), np.float32)
+    prediction[0, :, :16] = 1
+    (mask,) = segment.restore_masks(
+        segment.create_generator(images, image_size=(64, 64)), prediction
+    )
+    np.testing.assert_array_equal(mask, np.tile(np.arange(60) < 15, (30, 1)))
+
+
+def test_a_truncated_empty_or_missing_file_is_named(tmp_path: Path) -> None:
+    draw_lesion((60, 80), 0)[0].save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name in ("cut.jpg", "empty.jpg"):
+        with pytest.raises(segment.SegmentError, match=rf"{name}: cannot be read as an image"):
+            segment.load_input_image(tmp_path / name)
+    with pytest.raises(segment.SegmentError, match=r"none\.jpg: there is no such file"):
+        segment.load_input_image(tmp_path / "none.jpg")

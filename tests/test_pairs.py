@@ -1,0 +1,86 @@
+"""Finding the images and the mask of each."""
+
+from pathlib import Path
+
+import pytest
+
+import segment
+
+
+def touch(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def names(paths: list[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+def test_isic_2016_folders_pair_by_id_despite_the_capital_s(tmp_path: Path) -> None:
+    images = touch(tmp_path / "i", "ISIC_0000001.jpg", "ISIC_0000000.jpg")
+    masks = touch(tmp_path / "m", "ISIC_0000000_Segmentation.png", "ISIC_0000001_Segmentation.png")
+    found_images, found_masks = segment.find_image_pairs(images, masks)
+    assert names(found_images) == ["ISIC_0000000.jpg", "ISIC_0000001.jpg"]
+    assert names(found_masks) == ["ISIC_0000000_Segmentation.png", "ISIC_0000001_Segmentation.png"]
+
+
+def test_isic_2016_part_3b_has_images_and_masks_in_one_folder(tmp_path: Path) -> None:
+    folder = touch(tmp_path, "ISIC_0000000.jpg", "ISIC_0000000_Segmentation.png")
+    images, masks = segment.find_image_pairs(folder, folder)
+    assert names(images + masks) == ["ISIC_0000000.jpg", "ISIC_0000000_Segmentation.png"]
+
+
+def test_isic_2017_superpixels_and_tables_are_passed_over(tmp_path: Path) -> None:
+    others = ("ISIC_0000000_superpixels.png", "ISIC-2017_Training_Data_metadata.csv", ".DS_Store")
+    images = touch(tmp_path / "i", "ISIC_0000000.jpg", *others)
+    masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png")
+    assert names(segment.find_image_pairs(images, masks)[0]) == ["ISIC_0000000.jpg"]
+
+
+def test_isic_2018_licence_and_hidden_pictures_are_passed_over(tmp_path: Path) -> None:
+    others = ("LICENSE.txt", "ATTRIBUTION.txt", "._ISIC_0000000.jpg")
+    images = touch(tmp_path / "i", "ISIC_0000000.jpg", *others)
+    masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png", "LICENSE.txt")
+    assert names(segment.find_image_pairs(images, masks)[0]) == ["ISIC_0000000.jpg"]
+
+
+def test_plain_folders_pair_by_stem_whatever_the_suffix(tmp_path: Path) -> None:
+    images = touch(tmp_path / "i", "a.JPG", "b.jpeg", "c.BMP", "d.tif", "e.PNG")
+    masks = touch(tmp_path / "m", "e.png", "d.png", "c.png", "b.png", "a_segmentation.PNG")
+    found_images, found_masks = segment.find_image_pairs(images, masks)
+    assert names(found_images) == ["a.JPG", "b.jpeg", "c.BMP", "d.tif", "e.PNG"]
+    assert names(found_masks) == ["a_segmentation.PNG", "b.png", "c.png", "d.png", "e.png"]
+
+
+def test_lists_sorted_differently_by_name_still_pair_by_id(tmp_path: Path) -> None:
+    images = touch(tmp_path / "i", "ISIC_0000002.JPG", "ISIC_0000010.jpg", "ISIC_0000001.png")
+    ids = ("ISIC_0000010", "ISIC_0000001", "ISIC_0000002")
+    masks = touch(tmp_path / "m", *(f"{id_}_segmentation.png" for id_ in ids))
+    pairs = zip(*segment.find_image_pairs(images, masks), strict=True)
+    assert all(segment.image_id(image) == segment.image_id(mask) for image, mask in pairs)
+
+
+def test_images_and_masks_that_stand_alone_are_counted_and_named_at_once(tmp_path: Path) -> None:
+    images = touch(tmp_path / "i", *(f"{i}.jpg" for i in range(1, 9)))
+    masks = touch(tmp_path / "m", "8.png", "9.png")
+    with pytest.raises(segment.SegmentError) as error:
+        segment.find_image_pairs(images, masks)
+    assert "7 images without a mask (1, 2, 3, 4, 5 and 2 more)" in str(error.value)
+    assert "1 masks without an image (9)" in str(error.value)
+
+
+def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
+    images = touch(tmp_path / "i", "ISIC_0000000.jpg", "ISIC_0000000.png")
+    masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png")
+    message = r"1 ids that several images share \(ISIC_0000000\)"
+    with pytest.raises(segment.SegmentError, match=message):
+        segment.find_image_pairs(images, masks)
+
+
+def test_an_empty_folder_and_a_missing_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(segment.SegmentError, match=r"empty holds no image"):
+        segment.find_image_pairs(touch(tmp_path / "empty"), tmp_path)
+    with pytest.raises(segment.SegmentError, match=r"missing is not a folder"):
+        segment.find_image_pairs(tmp_path / "missing", tmp_path)

@@ -1,0 +1,208 @@
+"""Scores at full size, tables, masks and figures."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakePairs
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+import segment
+
+FRAME = (64, 64)
+
+
+def prepare(
+    make_pairs: MakePairs, count: int = 5, size: segment.Size = (90, 120)
+) -> tuple[segment.ImageGenerator, np.ndarray]:
+    """A generator and predictions of which each later one misses a wider strip of the lesion."""
+    generator = segment.create_generator(*make_pairs(count, size), image_size=FRAME)
+    predictions = np.concatenate([generator[i][1] for i in range(len(generator))]).astype(float)
+    for i in range(count):
+        predictions[i, :, : 20 + 6 * i] = 0
+    return generator, predictions
+
+
+def dice_by_hand(mask_path: str, prediction: np.ndarray, size: segment.Size) -> float:
+    """Dice of a mask file and a prediction, put back by repeating pixels, as sets."""
+    top, left, height, width = segment.letterbox(size, FRAME)
+    rows = top + (np.arange(size[0]) + 0.5) * height / size[0]
+    columns = left + (np.arange(size[1]) + 0.5) * width / size[1]
+    restored = prediction[rows.astype(int)[:, None], columns.astype(int), 0] >= 0.5
+    a, b = (set(np.flatnonzero(m)) for m in (np.asarray(Image.open(mask_path)), restored))
+    return 2 * len(a & b) / (len(a) + len(b))
+
+
+def test_scores_are_those_of_the_full_size_masks(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs)
+    scores = segment.results(generator, predictions)
+    assert generator.mask_paths is not None
+    for score, path, prediction in zip(scores, generator.mask_paths, predictions, strict=True):
+        expected = dice_by_hand(path, prediction, (90, 120))
+        assert score["dice"] == pytest.approx(expected, abs=0.015)
+
+
+def test_picture_id_and_score_belong_together_when_sorted(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs)
+    order = [3, 0, 4, 1, 2]
+    assert generator.mask_paths is not None
+    mixed = segment.create_generator(
+        [generator.image_paths[i] for i in order],
+        [generator.mask_paths[i] for i in order],
+        image_size=FRAME,
+    )
+    by_id = {score["id"]: score for score in segment.results(generator, predictions)}
+    again = segment.results(mixed, predictions[order])
+    assert [score["id"] for score in again] == [f"ISIC_{i:07}" for i in order]
+    assert all(by_id[score["id"]] == score for score in again)
+
+
+def test_the_summary_is_printed_with_the_worst_first(
+    make_pairs: MakePairs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator, predictions = prepare(make_pairs)
+    scores = segment.results(generator, predictions)
+    printed = capsys.readouterr().out
+    dice = [score["dice"] for score in scores]
+    assert f"dice                {np.mean(dice):10.6f}{np.median(dice):10.6f}" in printed
+    failures = sum(score["jaccard"] < 0.65 for score in scores)
+    assert f"Jaccard below 0.65: {failures} images ({failures / 5:.1%})" in printed
+    worst = [line.split() for line in printed.splitlines() if line.startswith("  ISIC")]
+    ranked = sorted(scores, key=lambda score: score["dice"])
+    assert worst == [[score["id"], f"{score['dice']:.6f}"] for score in ranked]
+
+
+def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_path: Path) -> None:
+    generator, predictions = prepare(make_pairs)
+    scores = segment.results(generator, predictions, output_dir=tmp_path / "out", threshold=0.4)
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert ",".join(header) == (
+        "id,dice,jaccard,thresholded_jaccard,sensitivity,specificity,accuracy"
+    )
+    assert [[row[0], *map(float, row[1:])] for row in rows] == [list(s.values()) for s in scores]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["dice"]["mean"] == pytest.approx(np.mean([s["dice"] for s in scores]))
+    assert (summary["images"], summary["threshold"]) == (5, 0.4)
+
+
+def test_masks_are_written_as_the_challenge_wants_them(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    segment.results(generator, predictions, output_dir=tmp_path / "out")
+    restored = list(segment.restore_masks(generator, predictions))
+    for i in range(2):
+        with Image.open(tmp_path / "out" / "masks" / f"ISIC_{i:07}_segmentation.png") as mask:
+            assert (mask.mode, mask.size) == ("L", (120, 90))
+            np.testing.assert_array_equal(np.asarray(mask), 255 * restored[i])
+
+
+def test_masks_can_be_saved_without_ground_truth(make_pairs: MakePairs, tmp_path: Path) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    blind = segment.create_generator(generator.image_paths, image_size=FRAME)
+    segment.save_masks(blind, predictions, tmp_path / "masks")
+    assert len(list((tmp_path / "masks").iterdir())) == 2
+    with pytest.raises(segment.SegmentError, match="Results need the masks"):
+        segment.results(blind, predictions)
+
+
+def test_rows_show_input_target_and_prediction_with_id_and_dice(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs)
+    scores = segment.results(generator, predictions)
+    figure = segment.plot_predictions(generator, predictions, scores, [4, 2])
+    titles = [axes.get_title() for axes in figure.axes]
+    for row, i in enumerate((4, 2)):
+        assert titles[3 * row] == scores[i]["id"] == f"ISIC_{i:07}"
+        assert titles[3 * row + 2] == f"Prediction, Dice {scores[i]['dice']:.4f}"
+    target, prediction = (np.asarray(figure.axes[k].images[0].get_array()) for k in (1, 2))
+    inside = segment.letterbox((90, 120), FRAME)
+    assert target.shape == prediction.shape == (inside.height, inside.width)
+    np.testing.assert_array_equal(prediction, predictions[4, 8:56, :, 0] >= 0.5)
+
+
+def test_contours_of_truth_and_prediction_lie_over_the_image(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs)
+    predictions[1] = 0
+    scores = segment.results(generator, predictions)
+    figure = segment.plot_predictions(generator, predictions, scores, [0, 1], contours=True)
+    assert [len(axes.collections) for axes in figure.axes[::3]] == [2, 1]
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["target", "prediction"]
+
+
+def test_as_many_images_are_drawn_as_asked_for(make_pairs: MakePairs, tmp_path: Path) -> None:
+    generator, predictions = prepare(make_pairs, 23)
+    history = {
+        f"{prefix}{name}": [0.1, 0.9, 0.5]
+        for name in ("loss", "accuracy", "dice_coefficient")
+        for prefix in ("", "val_")
+    }
+    segment.results(generator, predictions, num_imgs=99, output_dir=tmp_path, history=history)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "predictions_1.png", "predictions_21.png", "worst_1.png", "worst_21.png",
+        "histogram.png", "training.png",
+    }  # fmt: skip
+    heights = [Image.open(tmp_path / f"worst_{k}.png").height for k in (1, 21)]
+    assert heights[0] > 5 * heights[1]
+
+
+def test_no_images_drawn_is_fine_and_so_is_a_single_one(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 1)
+    assert len(segment.results(generator, predictions, num_imgs=0)) == 1
+    assert len(segment.results(generator, predictions, num_imgs=4)) == 1
+
+
+def test_the_histogram_counts_every_image(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs)
+    scores = segment.results(generator, predictions)
+    axes = segment.plot_dice_histogram(scores).axes[0]
+    assert sum(bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)) == 5
+    legend = axes.get_legend()
+    assert legend is not None
+    mean = np.mean([score["dice"] for score in scores])
+    assert legend.get_texts()[0].get_text() == f"Mean {mean:.4f}"
+
+
+def test_the_learning_curves_mark_the_best_epoch() -> None:
+    values = {"loss": [3.0, 2, 1], "accuracy": [0.1, 0.2, 0.3], "dice_coefficient": [0.4, 0.9, 0.8]}
+    history = {f"{prefix}{name}": v for name, v in values.items() for prefix in ("", "val_")}
+    figure = segment.plot_history(history)
+    assert [axes.get_title() for axes in figure.axes] == ["Accuracy", "Loss", "Dice coefficient"]
+    for axes, name in zip(figure.axes, ("accuracy", "loss", "dice_coefficient"), strict=True):
+        training, validation, best = axes.get_lines()
+        np.testing.assert_array_equal(training.get_xydata(), list(enumerate(values[name], 1)))
+        np.testing.assert_array_equal(validation.get_ydata(), values[name])
+        assert list(np.asarray(best.get_xdata())) == [2, 2]
+
+
+def test_two_empty_masks_score_one(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 1)
+    assert generator.mask_paths is not None
+    Image.new("L", (120, 90)).save(generator.mask_paths[0])
+    assert segment.results(generator, 0 * predictions)[0]["dice"] == 1
+    assert segment.results(generator, predictions)[0]["dice"] == 0
+
+
+def test_what_does_not_belong_together_is_refused(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 3)
+    with pytest.raises(segment.SegmentError, match=r"\(2, 64, 64, 1\) do not belong"):
+        segment.results(generator, predictions[:2])
+    with pytest.raises(segment.SegmentError, match=r"threshold is 0: expected"):
+        segment.results(generator, predictions, threshold=0)
+    generator.shuffle = True
+    with pytest.raises(segment.SegmentError, match="create it with shuffle=False"):
+        segment.results(generator, predictions)
+
+
+def test_an_output_folder_that_cannot_be_written_is_a_sentence(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs, 1)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(segment.SegmentError, match="cannot be written"):
+        segment.results(generator, predictions, output_dir=tmp_path / "file")

@@ -1,0 +1,158 @@
+"""Training: a new model, and one that goes on."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from conftest import MakePairs
+
+import segment
+
+SIZE = (32, 32)
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+def generators(make_pairs: MakePairs) -> tuple[segment.ImageGenerator, segment.ImageGenerator]:
+    images, masks = make_pairs(6)
+    options: dict[str, Any] = {"image_size": SIZE, "batch_size": 2}
+    train = segment.create_generator(images[:4], masks[:4], shuffle=True, augment=True, **options)
+    return train, segment.create_generator(images[4:], masks[4:], **options)
+
+
+def new_model() -> keras.Model:
+    keras.utils.set_random_seed(1)
+    return segment.create_model(SIZE, num_filters=2)
+
+
+def test_an_uncompiled_model_is_trained_and_every_epoch_recorded(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    model, log = new_model(), tmp_path / "logs" / "training.csv"
+    history = segment.train_model(model, *generators(make_pairs), 3, log_path=log, verbose=0)
+    names = {"loss", "accuracy", "dice_coefficient"}
+    assert set(history.history) == {"learning_rate", *names, *(f"val_{name}" for name in names)}
+    assert history.epoch == [0, 1, 2]
+    assert segment.model_record(model).history == history.history
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in rows] == pytest.approx(history.history["val_loss"])
+
+
+def test_the_learning_rate_falls_along_a_half_cosine(make_pairs: MakePairs) -> None:
+    history = segment.train_model(
+        new_model(), *generators(make_pairs), 4, learning_rate=0.002, verbose=0
+    )
+    expected = [0.002 * math.cos(math.pi * epoch / 8) ** 2 for epoch in range(4)]
+    assert history.history["learning_rate"] == pytest.approx(expected)
+
+
+def test_training_lowers_the_loss(make_pairs: MakePairs) -> None:
+    losses = segment.train_model(
+        new_model(), *generators(make_pairs), 12, learning_rate=0.01, verbose=0
+    ).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_model_ends_as_its_best_epoch_and_so_does_the_file(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    train, val = generators(make_pairs)
+    model, path = new_model(), tmp_path / "best.keras"
+    history = segment.train_model(
+        model, train, val, 5, learning_rate=0.05, save_path=path, verbose=0
+    )
+    best = max(history.history["val_dice_coefficient"])
+    scores = model.evaluate(val, return_dict=True, verbose=0)
+    assert scores["dice_coefficient"] == pytest.approx(best, abs=1e-6)
+    saved = segment.load_model(path)
+    assert saved.evaluate(val, return_dict=True, verbose=0) == pytest.approx(scores, abs=1e-6)
+    kept = segment.model_record(saved).history["val_dice_coefficient"]
+    assert kept[-1] == best == max(kept)
+
+
+def test_a_loaded_model_goes_on_from_where_it_was(make_pairs: MakePairs, tmp_path: Path) -> None:
+    train, val = generators(make_pairs)
+    model, path, log = new_model(), tmp_path / "a.keras", tmp_path / "log.csv"
+    segment.train_model(model, train, val, 2, log_path=log, verbose=0)
+    segment.save_model(model, path)
+    loaded = segment.load_model(path)
+    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations) > 0
+    history = segment.train_model(loaded, train, val, 2, log_path=log, verbose=0)
+    assert history.epoch == [2, 3]
+    assert history.history["learning_rate"] == pytest.approx([0.5e-3, 1e-3 * (2 - 2**0.5) / 4])
+    assert len(segment.model_record(loaded).history["loss"]) == 4
+    with open(log, newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+
+
+def test_going_on_never_makes_the_model_worse(make_pairs: MakePairs, tmp_path: Path) -> None:
+    train, val = generators(make_pairs)
+    model = new_model()
+    segment.train_model(model, train, val, 6, learning_rate=0.01, verbose=0)
+    best = max(segment.model_record(model).history["val_dice_coefficient"])
+    model.optimizer.iterations.assign(0)
+    segment.train_model(model, train, val, 1, learning_rate=100.0, verbose=0)
+    after = model.evaluate(val, return_dict=True, verbose=0)["dice_coefficient"]
+    assert after >= best - 1e-6
+
+
+def test_the_same_seed_trains_the_same_model(make_pairs: MakePairs) -> None:
+    train, val = generators(make_pairs)
+    losses = [
+        segment.train_model(new_model(), train, val, 2, verbose=0).history["loss"]
+        for _ in range(2)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_not_a_number_stops_with_a_sentence(make_pairs: MakePairs) -> None:
+    train, val = generators(make_pairs)
+    model = new_model()
+    model.get_layer("level1_conv").bias.assign([math.nan, 0])
+    with pytest.raises(segment.SegmentError, match=r"loss became nan in epoch 1, .*than 0\.001"):
+        segment.train_model(model, train, val, 3, verbose=0)
+
+
+def test_a_file_that_vanishes_is_named_and_the_best_epoch_stays(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    train, val = generators(make_pairs)
+    model, path = new_model(), tmp_path / "best.keras"
+    segment.train_model(model, train, val, 1, save_path=path, verbose=0)
+    weights = model.get_weights()
+    Path(train.image_paths[2]).unlink()
+    with pytest.raises(segment.SegmentError, match=r"ISIC_0000002\.png: there is no such file"):
+        segment.train_model(model, train, val, 1, save_path=path, verbose=0)
+    for kept in (model, segment.load_model(path)):
+        for now, before in zip(kept.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(now, before)
+
+
+def test_an_interruption_leaves_the_best_epoch_in_the_file(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val = generators(make_pairs)
+    keep = segment._BestEpoch.on_epoch_end
+
+    def interrupt(self: Any, epoch: int, logs: Any = None) -> None:
+        keep(self, epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment._BestEpoch, "on_epoch_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        segment.train_model(new_model(), train, val, 5, save_path=tmp_path / "a.keras", verbose=0)
+    history = segment.model_record(segment.load_model(tmp_path / "a.keras")).history
+    assert len(history["loss"]) in (1, 2)
+
+
+def test_no_epochs_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
+    train, val = generators(make_pairs)
+    with pytest.raises(segment.SegmentError, match="epochs is 0"):
+        segment.train_model(new_model(), train, val, 0)
+    with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
+        segment.predict(segment.create_model((16, 16), num_filters=1), val)
