@@ -22,7 +22,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--test-split", type=float, metavar="SHARE",
         help="share of all that tests (default: 0.03; sample: 0.2)")
     add("--epochs", type=positive, metavar="N",
-        help="passes over the training set (default: 60; sample: 40)")
+        help="passes over the training set (default: 60; sample: 30)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE",
         help="peak of the learning rate (default: %(default)s)")
     add("--seed", type=int, default=0,
@@ -32,7 +32,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_sample = options.image_dir == SAMPLE / "input"
     defaults = {"image_size": (128, 128) if on_sample else (256, 256),
                 "test_split": 0.2 if on_sample else 0.03,
-                "epochs": 40 if on_sample else 60,
+                "epochs": 30 if on_sample else 60,
                 "save": str(Path(options.output) / "model.keras")}
     for name, default in defaults.items():
         if getattr(options, name) is None:

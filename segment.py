@@ -32,7 +32,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import keras
 import matplotlib.pyplot as plt
@@ -161,16 +161,7 @@ def _shorten(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-class Box(NamedTuple):
-    """Where an image lies inside the network's frame, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def letterbox(size: Size, image_size: Size) -> Box:
+def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
     """Fits a picture into a frame: aspect ratio kept, centred, as large as it can be.
 
     This is the whole geometry of the project. Loading resizes a picture onto the box and leaves
@@ -182,11 +173,11 @@ def letterbox(size: Size, image_size: Size) -> Box:
         image_size: `(height, width)` of the frame.
 
     Returns:
-        The `Box` `(top, left, height, width)` of the picture inside the frame.
+        `(top, left, height, width)` of the picture inside the frame, in pixels.
     """
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
-    return Box((image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width)
+    return (image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width
 
 
 def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
@@ -208,8 +199,8 @@ def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDA
         size = _upright_size(image)
         if image_size is not None:
             # A JPEG is decoded at the smallest scale that still has twice the pixels needed.
-            box = letterbox(size, image_size)
-            image.draft("RGB", (2 * max(box.height, box.width),) * 2)
+            longest = 2 * max(letterbox(size, image_size)[2:])
+            image.draft("RGB", (longest, longest))
         return np.asarray(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, image_size))
 
 
@@ -520,15 +511,13 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         return image, mask
 
 
-def _check_same_size(image_path: str, mask_path: str) -> Size:
-    """The `(height, width)` that an image and its mask share, or an error that names both."""
+def _check_same_size(image_path: str, mask_path: str) -> None:
     size, mask_size = _size_of(image_path), _size_of(mask_path)
     if size != mask_size:
         raise SegmentError(
             f"{image_path} is {size[0]} × {size[1]} (height × width), but its mask {mask_path} is "
             f"{mask_size[0]} × {mask_size[1]}: expected a mask of the size of its image."
         )
-    return size
 
 
 def _augment(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -618,7 +607,7 @@ def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
         filters = num_filters * 2 ** (level - 1)
         x = _convolution(x, filters, 3, f"level{level}_conv", strides=1 if level == 1 else 2)
         x = _context_module(x, filters, dropout, f"level{level}_context")
-        features.append(x)
+        features.append(x)  # (N, H / 2^(level - 1), W / 2^(level - 1), filters)
     return features
 
 
@@ -630,7 +619,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
     for level in (4, 3, 2, 1):
         filters = num_filters * 2 ** (level - 1)
         x = _upsampling_module(x, filters, f"level{level}_up")
-        x = layers.Concatenate(name=f"level{level}_concat")([x, skips[level - 1]])
+        x = layers.Concatenate(name=f"level{level}_concat")([x, skips[level - 1]])  # 2 x filters
         if level > 1:
             x = _localization_module(x, filters, f"level{level}_local")
         else:
@@ -817,7 +806,8 @@ def train_model(
     loaded one keeps its optimizer, and its epochs are counted on. The learning rate falls along a
     half cosine, from `learning_rate` in epoch 0 to nearly 0 in the last; a model with epochs behind
     it enters the curve there. In the end, and also if training was interrupted, the model is that
-    of the epoch with the highest validation Dice, optimizer included.
+    of the epoch with the highest validation Dice, optimizer included (of the lowest validation
+    loss, if it was compiled without `dice_coefficient`).
 
     Args:
         model: What `create_model` or `load_model` returned; changed in place.
@@ -845,30 +835,28 @@ def train_model(
     if split is not None:
         model_record(model).split = _split_names(split)
     begun = len(model_record(model).history.get("loss", ()))
+    end = begun + epochs
     with tempfile.TemporaryDirectory() as folder:
-        best_epoch = _BestEpoch(Path(save_path or f"{folder}/best.keras"))
+        best_epoch = _BestEpoch(train_generator, Path(save_path or f"{folder}/best.keras"))
         callbacks = [
             keras.callbacks.TerminateOnNaN(),
-            keras.callbacks.LearningRateScheduler(_half_cosine(learning_rate, begun + epochs)),
-            keras.callbacks.LambdaCallback(on_epoch_begin=_epoch_setter(train_generator)),
-            *_csv_loggers(log_path, append=begun > 0),
+            keras.callbacks.LearningRateScheduler(
+                lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
+            ),
             best_epoch,
         ]
+        if log_path is not None:
+            Path(log_path).parent.mkdir(parents=True, exist_ok=True)
+            callbacks.append(keras.callbacks.CSVLogger(log_path, append=begun > 0))
         try:
             with _naming_the_file(train_generator, val_generator):
-                history = model.fit(
-                    train_generator, validation_data=val_generator, verbose=verbose,
-                    initial_epoch=begun, epochs=begun + epochs, callbacks=callbacks,
+                return model.fit(
+                    train_generator, validation_data=val_generator, callbacks=callbacks,
+                    initial_epoch=begun, epochs=end, verbose=verbose,
                     shuffle=False,  # the generator shuffles by itself
                 )  # fmt: skip
         finally:
             best_epoch.restore()
-    if not np.isfinite(history.history["loss"]).all():
-        raise SegmentError(
-            f"The loss became {history.history['loss'][-1]} in epoch {history.epoch[-1] + 1}, "
-            f"where training stopped: try a lower learning rate than {learning_rate:g}."
-        )
-    return history
 
 
 def _compile(model: keras.Model) -> None:
@@ -879,22 +867,6 @@ def _compile(model: keras.Model) -> None:
     )
 
 
-def _csv_loggers(path: StrPath | None, append: bool) -> list[keras.callbacks.CSVLogger]:
-    if path is None:
-        return []
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return [keras.callbacks.CSVLogger(path, append=append)]
-
-
-def _half_cosine(peak: float, epochs: int) -> Any:
-    return lambda epoch, _: peak * (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-def _epoch_setter(generator: Any) -> Any:
-    """Ties the generator's randomness to the epoch's number, so that training can go on later."""
-    return lambda epoch, _: setattr(generator, "epoch", epoch)
-
-
 class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
     """Records every epoch in the model's record and keeps the best one in a file.
 
@@ -902,8 +874,9 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
     in it, and puts the best epoch back into the model.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, train_generator: Any, path: Path) -> None:
         super().__init__()
+        self.train_generator = train_generator
         self.path = path
         self.best: float | None = None
 
@@ -912,12 +885,21 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         if earlier:  # a model that goes on is itself the best so far
             self._keep(max(earlier))
 
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+        self.train_generator.epoch = epoch  # ties its randomness to the number of the epoch
+
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         logs = {name: float(value) for name, value in (logs or {}).items()}
+        if not math.isfinite(logs["loss"]):
+            raise SegmentError(
+                f"The loss became {logs['loss']} in epoch {epoch + 1}, where training stopped: "
+                f"try a learning rate below {logs['learning_rate']:g}."
+            )
         for name, value in logs.items():
             model_record(self.model).history.setdefault(name, []).append(value)
-        if math.isfinite(logs["loss"]) and (self.best is None or logs[BEST] > self.best):
-            self._keep(logs[BEST])
+        score = logs.get(BEST, -logs["val_loss"])  # the user may have compiled without Dice
+        if self.best is None or score > self.best:
+            self._keep(score)
 
     def _keep(self, best: float) -> None:
         self.best = best
@@ -1261,12 +1243,13 @@ def results(
     """
     scores = _score_images(test_generator, predictions, threshold, output_dir)
     print(_report(scores))
-    figures = dict(_figures(test_generator, predictions, scores, num_imgs, threshold, history))
     if output_dir is not None:
         _write_tables(scores, threshold, Path(output_dir))
-        for name, figure in figures.items():
+    figures = _figures(test_generator, predictions, scores, num_imgs, threshold, history)
+    for name, figure in figures:
+        if output_dir is not None:
             save_figure(figure, Path(output_dir) / f"{name}.png")
-    _show(figures.values())
+        _show(figure)
     return scores
 
 
@@ -1408,18 +1391,19 @@ def plot_predictions(
             cell.axis("off")
         if contours:
             _draw_contours(cells[0], target[..., 0], prediction[..., 0])
+    if contours:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
 def _draw_contours(axes: Axes, target: Array, prediction: Array) -> None:
-    for mask, color, name in ((target, "lime", "target"), (prediction, "magenta", "prediction")):
+    for mask, color, name in ((target, "lime", "Target"), (prediction, "magenta", "Prediction")):
         # A rim of background closes the outline of a lesion that the picture's edge cuts.
         padded = np.pad(mask.astype(float), 1)
         if mask.any():
             x, y = (np.arange(side + 2) - 1 for side in mask.shape[::-1])
             axes.contour(x, y, padded, levels=[0.5], colors=color, linewidths=1.5)
         axes.plot([], [], color=color, label=name)
-    axes.legend(loc="lower left", fontsize="x-small")
 
 
 def plot_dice_histogram(scores: Sequence[ImageScores]) -> Figure:
@@ -1453,8 +1437,9 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
         The figure: a panel for each quantity, with training and validation curve.
     """
     panels = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
-    best = int(np.argmax(history[BEST])) + 1
-    figure, axes = _subplots(1, 3, width=12, height=3.6)
+    panels = {name: title for name, title in panels.items() if f"val_{name}" in history}
+    best = int(np.argmax(history.get(BEST, -np.array(history["val_loss"])))) + 1
+    figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
     for cell, (name, title) in zip(axes, panels.items(), strict=True):
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
             cell.plot(range(1, len(history[key]) + 1), history[key], ".-", label=label)
@@ -1480,9 +1465,8 @@ def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[
     return figure, list(axes.flat)
 
 
-def _show(figures: Iterable[Figure]) -> None:
-    """Shows figures in a notebook; elsewhere nothing opens and nothing blocks."""
+def _show(figure: Figure) -> None:
+    """Shows a figure in a notebook; elsewhere nothing opens and nothing blocks."""
     ipython = sys.modules.get("IPython")
     if ipython is not None and ipython.get_ipython() is not None:
-        for figure in figures:
-            ipython.display.display(figure)
+        ipython.display.display(figure)

@@ -2,34 +2,40 @@
 
     python tests/make_sample.py
 
-writes 64 pairs to images/sample. No patient is shown: every picture is drawn from its seed, and its
+writes 64 pairs to images/sample. No patient is shown: every picture is drawn from a seed, and its
 id has eight digits where real ISIC ids have seven. A lesion ends where its soft border is halfway
 between pigment and skin; it is one region without holes by construction, since every point of it
 sees the lesion's centre.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-OUTPUT = Path(__file__).parents[1] / "images" / "sample"
-SIZES = (  # (height, width), as varied as those of ISIC
-    (192, 256), (192, 256), (240, 320), (170, 256), (223, 256), (256, 192), (225, 300), (240, 240),
-)  # fmt: skip
-SKIN = ((232, 190, 170), (224, 172, 150), (214, 160, 128), (236, 205, 192), (190, 136, 106))
-PIGMENT = ((120, 72, 46), (96, 54, 38), (146, 94, 66), (70, 44, 40), (158, 92, 82))
-
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[np.float64]
 Size = tuple[int, int]
 
+OUTPUT = Path(__file__).parents[1] / "images" / "sample"
+SIZES: tuple[Size, ...] = (  # (height, width), mostly landscape as in ISIC
+    (240, 320), (225, 300), (210, 280), (213, 320), (256, 256), (192, 256), (320, 240), (280, 210),
+)  # fmt: skip
+SKIN = (  # fair, rosy, tanned, olive, brown
+    (232, 200, 186), (228, 180, 164), (220, 176, 146), (200, 166, 126), (178, 134, 100),
+)  # fmt: skip
+BROWNS = (  # optical density in red, green and blue: melanin swallows blue most
+    (0.25, 0.50, 0.85), (0.40, 0.95, 1.40), (0.95, 1.35, 1.60),
+)  # fmt: skip
+TONES = (*BROWNS, (0.85, 0.72, 0.68), (0.15, 0.60, 0.60), (1.70, 1.85, 1.90))  # grey, red, black
+STICKERS = ((236, 140, 50), (60, 140, 190), (80, 165, 105), (225, 195, 70))
+FINE = 2  # the overlay is drawn this much larger, so that its strokes come out smooth
 
-# ----------------------------------------------------------------------------------------------
+
 # Skin
 # ----------------------------------------------------------------------------------------------
 
@@ -38,120 +44,183 @@ def smooth_noise(size: Size, cells: int, rng: np.random.Generator) -> Floats:
     """Noise of about -1 to 1, `float (height, width)`, with `cells` bumps along the longer side."""
     height, width = (max(2, round(cells * side / max(size))) for side in size)
     coarse = Image.fromarray(rng.normal(0, 0.5, (height, width)).astype(np.float32))
-    return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), float)
+    return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), np.float64)
+
+
+def sigmoid(x: Floats) -> Floats:
+    """The logistic function, which `tanh` computes without overflow."""
+    return np.asarray(0.5 + 0.5 * np.tanh(x / 2))
 
 
 def draw_skin(size: Size, rng: np.random.Generator) -> Floats:
-    """Mottled skin under a light that comes from one side, `float (height, width, 3)`."""
-    tone = np.array(SKIN[rng.integers(len(SKIN))]) + rng.normal(0, 6, 3)
-    y, x = (grid / max(size) for grid in np.mgrid[: size[0], : size[1]])
-    angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.25)
-    light = 1 + strength * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
-    mottling = 5 * smooth_noise(size, 6, rng) + 4 * smooth_noise(size, 40, rng)
-    redness = 6 * smooth_noise(size, 10, rng)[..., None] * [0.2, -1, -0.8]
-    return np.asarray(tone * light[..., None] + mottling[..., None] + redness)
+    """Mottled skin with faint freckles under an uneven light, `(height, width, 3)`."""
+    tone = np.array(SKIN[rng.integers(len(SKIN))]) + rng.normal(0, 5, 3)
+    y, x = np.mgrid[: size[0], : size[1]] / max(size) - 0.5
+    angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.3)
+    light = 1 + strength * (x * math.cos(angle) + y * math.sin(angle))
+    relief = 3 * smooth_noise(size, 6, rng) + 4 * smooth_noise(size, 70, rng)
+    redness = np.multiply.outer(smooth_noise(size, 14, rng), (1.5, -7, -6))
+    freckles = rng.uniform(0, 0.4) * np.maximum(smooth_noise(size, 30, rng) - 0.6, 0)
+    skin = tone * light[..., None] + relief[..., None] + redness
+    return np.asarray(skin * np.exp(-np.multiply.outer(freckles, BROWNS[1])))
 
 
-# ----------------------------------------------------------------------------------------------
 # Lesion
 # ----------------------------------------------------------------------------------------------
 
 
+def draw_outline(angles: Floats, rng: np.random.Generator) -> Floats:
+    """The radius at each angle of a shape of area 1: an ellipse with waves and perhaps a notch."""
+    stretch, turned = rng.uniform(1, 1.25), angles - rng.uniform(0, math.pi)
+    radius = 1 / np.hypot(np.cos(turned) / stretch, np.sin(turned) * stretch)
+    waves = np.arange(2, 19)[:, None]
+    swing = rng.normal(0, rng.uniform(0.06, 0.18), waves.shape) / waves
+    phase = rng.uniform(0, 2 * math.pi, waves.shape)
+    radius *= 1 + (swing * np.cos(waves * angles + phase)).sum(0).clip(-0.5)
+    if rng.random() < 0.4:
+        aside = np.angle(np.exp(1j * (angles - rng.uniform(0, 2 * math.pi))))
+        radius *= 1 - rng.uniform(0.2, 0.45) * np.exp(-((aside / rng.uniform(0.15, 0.4)) ** 2))
+    return np.asarray(radius / math.sqrt(math.pi * np.mean(radius**2)))
+
+
 def depth_inside(size: Size, rng: np.random.Generator) -> Floats:
-    """How far each pixel lies inside the lesion's outline, in pixels; negative outside."""
-    area = math.exp(rng.uniform(math.log(0.03), math.log(0.5))) * size[0] * size[1]
-    center = rng.normal(0.5, 0.12, 2).clip(0.15, 0.85) * size
-    y, x = np.mgrid[: size[0], : size[1]] - center.reshape(2, 1, 1)
-    stretch, turn = rng.uniform(1, 1.45), rng.uniform(0, math.pi)
-    u = (x * math.cos(turn) + y * math.sin(turn)) / math.sqrt(stretch)
-    v = (y * math.cos(turn) - x * math.sin(turn)) * math.sqrt(stretch)
-    angle, outline = np.arctan2(v, u), np.ones(size)
-    for waves in range(2, 13):
-        outline += rng.normal(0, 0.16 / waves) * np.cos(waves * angle + rng.uniform(0, 6.3))
-    return np.asarray(math.sqrt(area / math.pi) * outline.clip(0.3) - np.hypot(u, v))
+    """About how many pixels each pixel lies inside the lesion's outline; negative outside."""
+    angles = np.linspace(-math.pi, math.pi, 720, endpoint=False)
+    area = math.exp(rng.uniform(math.log(0.03), math.log(0.65))) * math.prod(size)
+    radius = math.sqrt(area) * draw_outline(angles, rng)
+    contour, frame = radius * (np.sin(angles), np.cos(angles)), np.array(size)
+    low, high, where = contour.min(1), contour.max(1), rng.beta(2.5, 2.5, 2)
+    if rng.random() < 0.03:  # taken for smaller than it is and moved to an edge, which cuts it
+        low, high, where[rng.integers(2)] = low / 2, high / 2, rng.integers(2)
+    squeeze = np.minimum(1, 0.94 * frame / (high - low))  # else a large one would not fit
+    first, last = 0.03 * frame - squeeze * low, 0.97 * frame - squeeze * high
+    center = first + where * (last - first)
+    y, x = (np.mgrid[: size[0], : size[1]] - center.reshape(2, 1, 1)) / squeeze.reshape(2, 1, 1)
+    outline = np.interp(np.arctan2(y, x), angles, radius, period=2 * math.pi)
+    return np.asarray(outline - np.hypot(y, x))
 
 
-def draw_pigment(size: Size, depth: Floats, rng: np.random.Generator) -> Floats:
-    """Two or three tones, a darker middle, and a network or globules, `(height, width, 3)`."""
-    tones = np.array(PIGMENT)[rng.permutation(len(PIGMENT))[:3]] + rng.normal(0, 8, (3, 3))
-    second, third = (
-        1 / (1 + np.exp(-8 * (smooth_noise(size, cells, rng) - level)))[..., None]
-        for cells, level in ((4, 0.1), (7, 0.35))
-    )
-    pigment = tones[0] * (1 - second) + tones[1] * second
-    pigment = pigment * (1 - third) + tones[2] * third
-    middle = np.clip(depth / max(depth.max(), 1), 0, 1) * rng.uniform(0, 0.3)
-    fine = smooth_noise(size, int(rng.integers(40, 90)), rng)
-    texture = np.abs(fine) if rng.random() < 0.5 else np.maximum(fine, 0)  # network or globules
-    shade = 1.05 - middle - rng.uniform(0.1, 0.45) * texture
-    return np.asarray(pigment * shade[..., None])
+def draw_texture(size: Size, rng: np.random.Generator) -> Floats:
+    """A network of lines, globules, dots or a mere unevenness, about 0 to 1."""
+    kind = rng.choice(["network", "globules", "dots", "uneven"])
+    noise = smooth_noise(size, int(rng.integers(26, 44)) * (1 if kind == "globules" else 2), rng)
+    if kind == "network":  # noise is zero along closed lines, which two of them knit to meshes
+        other = smooth_noise(size, 60, rng)
+        return np.asarray(np.exp(-((np.minimum(abs(noise), abs(other)) / 0.12) ** 2)))
+    return 0.5 + 0.4 * noise if kind == "uneven" else sigmoid(12 * (noise - 0.4))
 
 
-# ----------------------------------------------------------------------------------------------
+def draw_density(depth: Floats, rng: np.random.Generator) -> Floats:
+    """The pigment's optical density: two or three tones with a texture, `(height, width, 3)`."""
+    size = depth.shape[0], depth.shape[1]
+    density = np.array(BROWNS[rng.integers(len(BROWNS))])
+    for cells, level in ((4, 0.15), (8, 0.4)):
+        zone = sigmoid(rng.uniform(6, 14) * (smooth_noise(size, cells, rng) - level))[..., None]
+        density = density * (1 - zone) + np.array(TONES[rng.integers(len(TONES))]) * zone
+    middle = rng.uniform(-0.2, 0.4) * np.clip(depth / depth.max(), 0, 1)
+    texture = rng.uniform(0.3, 0.9) * draw_texture(size, rng) + 0.2 * smooth_noise(size, 60, rng)
+    shade = rng.uniform(0.5, 1) * np.maximum(0.8 + middle + texture, 0.5)
+    return np.asarray(density * shade[..., None])
+
+
+def paint_lesion(skin: Floats, depth: Floats, rng: np.random.Generator) -> Floats:
+    """The skin with pigment in it, which fades across the outline.
+
+    The colours are blended, not the densities: halfway between them is then where `depth` is 0.
+    """
+    size = depth.shape[0], depth.shape[1]
+    softness = rng.uniform(0.003, 0.014) * max(size)
+    ragged = 0.008 * max(size) * smooth_noise(size, 40, rng)
+    edge = sigmoid((depth + ragged) / softness)[..., None]
+    return np.asarray(skin * (1 - edge + edge * np.exp(-draw_density(depth, rng))))
+
+
 # Distractors: what else lies on the skin and in front of the lens
 # ----------------------------------------------------------------------------------------------
 
 
-def draw_hairs(image: Image.Image, rng: np.random.Generator) -> None:
-    """Dark curved hairs that grow more or less the same way."""
-    draw, growth = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi)
-    for _ in range(rng.integers(3, 22)):
-        start = rng.uniform(0, 1, 2) * image.size
-        angle, length = growth + rng.normal(0, 0.4), rng.uniform(0.2, 0.7) * max(image.size)
+def draw_hairs(overlay: Image.Image, rng: np.random.Generator) -> None:
+    """Curved hairs, dark or fair, that grow more or less the same way and taper off."""
+    draw, growth = ImageDraw.Draw(overlay), rng.uniform(0, 2 * math.pi)
+    dark, t = rng.random() < 0.85, np.linspace(0, 1, 40)[:, None]
+    for _ in range(rng.integers(3, 20)):
+        start = rng.uniform(0, 1, 2) * overlay.size
+        angle, length = growth + rng.normal(0, 0.4), rng.uniform(0.15, 0.6) * max(overlay.size)
         end = start + length * np.array([math.cos(angle), math.sin(angle)])
-        bend = (start + end) / 2 + rng.normal(0, 0.12 * length, 2)
-        t = np.linspace(0, 1, 24)[:, None]
-        points = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
-        shade = rng.integers(20, 70)
-        color = (int(shade + 18), int(shade + 4), int(shade))
-        draw.line([(float(x), float(y)) for x, y in points], color, int(rng.integers(1, 3)))
+        bend = (start + end) / 2 + rng.normal(0, 0.15 * length, 2)
+        curve = ((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end).tolist()
+        red, thick = int(rng.integers(25, 75) if dark else 200), rng.uniform(1.2, 2) * FINE
+        for i, (a, b) in enumerate(itertools.pairwise(curve)):
+            draw.line((*a, *b), (red, red - 14, red - 22, 225), round(thick * (1 - i / 60)))
 
 
-def draw_ruler(image: Image.Image, rng: np.random.Generator) -> None:
+def draw_ruler(overlay: Image.Image, rng: np.random.Generator) -> None:
     """Millimetre marks along one edge, every fifth of them longer."""
-    draw, step = ImageDraw.Draw(image), float(rng.uniform(6, 11))
-    width, height = image.size
+    draw, step = ImageDraw.Draw(overlay), rng.uniform(6, 11) * FINE
+    width, height = overlay.size
     at_bottom = rng.random() < 0.5
-    for i in range(int((width if at_bottom else height) / step)):
-        mark, where = (14 if i % 5 == 0 else 8), round(i * step)
+    for i in range(1, int((width if at_bottom else height) / step)):
+        mark, where = (14 if i % 5 == 0 else 8) * FINE, i * step
         line = (where, height - mark, where, height) if at_bottom else (0, where, mark, where)
-        draw.line(line, (40, 36, 44), 1)
+        draw.line(line, (40, 36, 44, 220), FINE)
 
 
-def draw_bubbles(image: Image.Image, rng: np.random.Generator) -> None:
+def draw_bubbles(overlay: Image.Image, rng: np.random.Generator) -> None:
     """Bubbles of the gel under the glass, each a pale ring with a highlight."""
-    draw = ImageDraw.Draw(image, "RGBA")
-    for _ in range(rng.integers(4, 14)):
-        x, y = rng.uniform(0, 1, 2) * image.size
-        r = float(rng.uniform(2, 8))
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=(255, 250, 245, 110))
-        draw.ellipse((x - r / 2, y - r / 2, x - r / 6, y - r / 6), fill=(255, 255, 255, 170))
+    draw = ImageDraw.Draw(overlay)
+    for _ in range(rng.integers(3, 14)):
+        x, y = rng.uniform(0, 1, 2) * overlay.size
+        r = rng.uniform(1.5, 7) * FINE
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=(255, 250, 245, 100), width=FINE)
+        draw.ellipse((x - r / 2, y - r / 2, x, y - r / 6), fill=(255, 255, 255, 190))
 
 
-def draw_sticker(image: Image.Image, rng: np.random.Generator) -> None:
-    """A coloured calibration disc that reaches in from a corner."""
-    width, height = image.size
-    x, y = rng.choice((0, width)), rng.choice((0, height))
-    r = float(rng.uniform(0.15, 0.28)) * min(image.size)
-    color = [(60, 150, 190), (90, 170, 120), (200, 170, 60)][rng.integers(3)]
-    ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=color)
+def draw_sticker(overlay: Image.Image, depth: Floats, rng: np.random.Generator) -> None:
+    """A coloured disc that reaches in from the corner farthest from the lesion."""
+    height, width = (side - 1 for side in depth.shape)
+    corners = [(x, y) for x in (0, width) for y in (0, height)]
+    x, y = min(corners, key=lambda corner: float(depth[corner[::-1]]))
+    r = max(0, min(rng.uniform(0.2, 0.4) * height, -0.8 * float(depth[y, x])))
+    outer, inner = rng.permutation(STICKERS)[:2].tolist()
+    for radius, color in ((r, outer), (r / 2, inner)):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        ImageDraw.Draw(overlay).ellipse([FINE * side for side in box], fill=(*color, 255))
+
+
+def draw_overlay(depth: Floats, rng: np.random.Generator) -> Image.Image:
+    """All that lies over the skin, transparent elsewhere, in RGBA."""
+    height, width = depth.shape
+    overlay = Image.new("RGBA", (FINE * width, FINE * height))
+    if rng.random() < 0.1:
+        draw_sticker(overlay, depth, rng)
+    for draw, share in ((draw_ruler, 0.2), (draw_bubbles, 0.25), (draw_hairs, 0.4)):
+        if rng.random() < share:
+            draw(overlay, rng)
+    return overlay.resize((width, height), Image.Resampling.BOX)
 
 
 def vignette(size: Size, rng: np.random.Generator) -> Floats:
-    """The dark rim of a dermatoscope's round field of view, as factors `(height, width, 1)`."""
+    """The dark rim of a dermatoscope's round field of view, as factors `(height, width)`."""
     y, x = np.mgrid[: size[0], : size[1]] - np.array(size).reshape(2, 1, 1) / 2
-    radius = rng.uniform(0.5, 0.62) * max(size)
-    rim = (np.hypot(x, y) - radius) / (rng.uniform(0.01, 0.06) * max(size))
-    return np.asarray(1 / (1 + np.exp(rim.clip(-50, 50))))[..., None]
+    radius, blur = rng.uniform(0.51, 0.62), rng.uniform(0.003, 0.03)
+    return sigmoid((radius - np.hypot(y, x) / max(size)) / blur)
 
 
+# Writing
 # ----------------------------------------------------------------------------------------------
-# Pairs
-# ----------------------------------------------------------------------------------------------
+
+
+def photograph(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The scene through a lens: a little blurred, perhaps with a dark rim, tinted and noisy."""
+    seen = np.asarray(scene.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1))), np.float64)
+    if rng.random() < 0.3:
+        seen = seen * vignette((scene.height, scene.width), rng)[..., None]
+    noisy = seen * rng.uniform(0.93, 1.04, 3) + rng.normal(0, 2, seen.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def draw_pair(seed: int, index: int) -> tuple[Image.Image, Image.Image]:
-    """Draws picture `index` of a sample, whatever its other pictures are.
+    """Draws picture `index` of a sample, the same however many pictures the sample has.
 
     Args:
         seed: Seed of the whole sample.
@@ -163,41 +232,32 @@ def draw_pair(seed: int, index: int) -> tuple[Image.Image, Image.Image]:
     rng = np.random.default_rng((seed, index))
     size = SIZES[rng.integers(len(SIZES))]
     skin, depth = draw_skin(size, rng), depth_inside(size, rng)
-    softness = rng.uniform(0.008, 0.03) * max(size)
-    opacity = rng.uniform(0.55, 0.97) / (1 + np.exp(-depth / softness * 2))[..., None]
-    painted = skin * (1 - opacity) + draw_pigment(size, depth, rng) * opacity
-    image = Image.fromarray(painted.clip(0, 255).astype(np.uint8))
-    for draw, share in (
-        (draw_sticker, 0.1), (draw_ruler, 0.2), (draw_bubbles, 0.25), (draw_hairs, 0.45),
-    ):  # fmt: skip
-        if rng.random() < share:
-            draw(image, rng)
-    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.1))), float)
-    if rng.random() < 0.3:
-        blurred = blurred * vignette(size, rng)
-    noisy = blurred + rng.normal(0, 2.5, blurred.shape)
-    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-    return image, Image.fromarray((depth > 0).astype(np.uint8) * 255)
+    painted = paint_lesion(skin, depth, rng).clip(0, 255).astype(np.uint8)
+    scene = Image.fromarray(painted).convert("RGBA")
+    scene.alpha_composite(draw_overlay(depth, rng))
+    mask = Image.fromarray((depth > 0).astype(np.uint8) * 255)
+    return photograph(scene.convert("RGB"), rng), mask
 
 
 def write_sample(output: Path, count: int, seed: int) -> None:
     """Writes `count` pairs under the names that ISIC would give them, and what they are."""
-    for folder in ("input", "truth"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
+    images, masks = output / "input", output / "truth"
+    for folder in (images, masks):
+        folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         image, mask = draw_pair(seed, index)
         name = f"ISIC_{90_000_000 + index}"
-        image.save(output / "input" / f"{name}.jpg", quality=85)
-        mask.convert("1").convert("L").save(
-            output / "truth" / f"{name}_segmentation.png", optimize=True
-        )
+        image.save(images / f"{name}.jpg", quality=85)
+        mask.save(masks / f"{name}_segmentation.png", optimize=True)
     (output / "README.txt").write_text(
         f"These {count} pictures are synthetic and show no patient: tests/make_sample.py drew\n"
-        f"them with seed {seed}. Their ids have eight digits, where real ISIC ids have seven.\n"
+        f"them with seed {seed}. Their ids have eight digits, where real ISIC ids have seven,\n"
+        "and so lie outside the real range.\n"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Draws the sample that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (%(default)s)")
     parser.add_argument("--count", type=int, default=64, help="pairs to draw (%(default)s)")

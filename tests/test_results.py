@@ -119,8 +119,7 @@ def test_rows_show_input_target_and_prediction_with_id_and_dice(make_pairs: Make
         assert titles[3 * row] == scores[i]["id"] == f"ISIC_{i:07}"
         assert titles[3 * row + 2] == f"Prediction, Dice {scores[i]['dice']:.4f}"
     target, prediction = (np.asarray(figure.axes[k].images[0].get_array()) for k in (1, 2))
-    inside = segment.letterbox((90, 120), FRAME)
-    assert target.shape == prediction.shape == (inside.height, inside.width)
+    assert target.shape == prediction.shape == segment.letterbox((90, 120), FRAME)[2:]
     np.testing.assert_array_equal(prediction, predictions[4, 8:56, :, 0] >= 0.5)
 
 
@@ -130,9 +129,8 @@ def test_contours_of_truth_and_prediction_lie_over_the_image(make_pairs: MakePai
     scores = segment.results(generator, predictions)
     figure = segment.plot_predictions(generator, predictions, scores, [0, 1], contours=True)
     assert [len(axes.collections) for axes in figure.axes[::3]] == [2, 1]
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["target", "prediction"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["Target", "Prediction"]
 
 
 def test_as_many_images_are_drawn_as_asked_for(make_pairs: MakePairs, tmp_path: Path) -> None:

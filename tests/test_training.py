@@ -113,8 +113,9 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence(make_pairs: MakePairs
     train, val = generators(make_pairs)
     model = new_model()
     model.get_layer("level1_conv").bias.assign([math.nan, 0])
-    with pytest.raises(segment.SegmentError, match=r"loss became nan in epoch 1, .*than 0\.001"):
+    with pytest.raises(segment.SegmentError, match=r"loss became nan in epoch 1, .* below 0\.001"):
         segment.train_model(model, train, val, 3, verbose=0)
+    assert not segment.model_record(model).history
 
 
 def test_a_file_that_vanishes_is_named_and_the_best_epoch_stays(
@@ -156,3 +157,13 @@ def test_no_epochs_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
         segment.train_model(new_model(), train, val, 0)
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
         segment.predict(segment.create_model((16, 16), num_filters=1), val)
+
+
+def test_a_model_compiled_by_hand_keeps_the_epoch_of_the_lowest_loss(make_pairs: MakePairs) -> None:
+    train, val = generators(make_pairs)
+    model = new_model()
+    model.compile("adam", loss="binary_crossentropy")
+    losses = segment.train_model(model, train, val, 3, verbose=0).history["val_loss"]
+    assert model.evaluate(val, verbose=0) == pytest.approx(min(losses), abs=1e-6)
+    figure = segment.plot_history(segment.model_record(model).history)
+    assert [axes.get_title() for axes in figure.axes] == ["Loss"]
