@@ -72,26 +72,27 @@ def parse_common_options(
     add = parser.add_argument_group("data").add_argument
     add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
     add("--mask-dir", metavar="DIR", help="folder of their masks (default: the sample)")
-    add("--subset", type=positive, metavar="N", help="use the first N pairs only")
-    add("--batch-size", type=positive, metavar="N", help="images a batch (default: 8; sample: 4)")
+    add("--subset", type=natural, metavar="N", help="use the first N pairs only")
+    add("--batch-size", type=natural, metavar="N", help="images a batch (default: 8; sample: 4)")
     add("--inspect", action="store_true", help="count and plot the sizes of the images")
     add = parser.add_argument_group("results").add_argument
     add("--output", default="output", metavar="DIR",
         help="folder for everything that is written (default: %(default)s)")
-    add("--num-imgs", type=int, default=4, metavar="N",
+    add("--num-imgs", type=natural, default=4, metavar="N",
         help="test images to draw, and as many of the worst (default: %(default)s)")
     options = parser.parse_args(arguments)
     if (options.image_dir is None) != (options.mask_dir is None):
         parser.error("--image-dir and --mask-dir go together: give both, or none for the sample")
-    options.batch_size = options.batch_size or (8 if options.image_dir else 4)
+    if options.batch_size is None:
+        options.batch_size = 8 if options.image_dir else 4
     if options.image_dir is None:
         options.image_dir, options.mask_dir = SAMPLE / "input", SAMPLE / "truth"
     return options
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+def natural(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^32 - 1")
     return int(text)
 
 
@@ -104,8 +105,11 @@ def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace
     print(f"Device: {device}")
     try:
         steps(options)
-    except (segment.SegmentError, OSError) as error:
+    except segment.SegmentError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"Error: {error.filename}: {error.strerror}; choose another place", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

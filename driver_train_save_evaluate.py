@@ -9,23 +9,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from driver_load_evaluate import SAMPLE, parse_common_options, positive, run
+from driver_load_evaluate import SAMPLE, natural, parse_common_options, run
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("training").add_argument
-    add("--image-size", nargs=2, type=positive, metavar=("HEIGHT", "WIDTH"),
+    add("--image-size", nargs=2, type=natural, metavar=("HEIGHT", "WIDTH"),
         help="frame of the network in pixels, divisible by 16 (default: 256 256; sample: 128 128)")
     add("--val-split", type=float, default=0.2, metavar="SHARE",
         help="share that validates of what the test set leaves (default: %(default)s)")
     add("--test-split", type=float, metavar="SHARE",
         help="share of all that tests (default: 0.03; sample: 0.2)")
-    add("--epochs", type=positive, metavar="N",
+    add("--epochs", type=natural, metavar="N",
         help="passes over the training set (default: 60; sample: 30)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE",
         help="peak of the learning rate (default: %(default)s)")
-    add("--seed", type=int, default=0,
+    add("--seed", type=natural, default=0,
         help="of split, weights, order and augmentation (default: %(default)s)")
     add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
     options = parse_common_options(parser, arguments)

@@ -266,6 +266,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
     """A mask as grey levels 0 and 255, or an error that names the values that it holds."""
     grey = _to_eight_bits(image).convert("L")
+    if image.mode == "P" and not set(grey.getextrema()) <= {0, 255}:  # labels in colours
+        grey = Image.frombytes("L", image.size, image.tobytes())
     counts = np.array(grey.histogram())
     levels = [int(level) for level in np.flatnonzero(counts)]
     if set(levels) <= {0, 1} and not lossy:
@@ -589,11 +591,11 @@ def create_model(
     Raises:
         SegmentError: If `image_size` is not divisible by 16 or `num_filters` not positive.
     """
-    if len(image_size) != 2 or any(side < 16 or side % 16 for side in image_size):
+    if len(image_size) != 2 or any(side not in range(16, 2**16, 16) for side in image_size):
         raise SegmentError(f"image_size is {image_size}: expected (height, width) divisible by 16.")
     if num_filters < 1:
         raise SegmentError(f"num_filters is {num_filters}: expected 1 or more.")
-    inputs = keras.Input((*image_size, 3), name="image")
+    inputs = keras.Input((*map(int, image_size), 3), name="image")
     scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
     lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
     outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
@@ -825,11 +827,13 @@ def train_model(
         `model_record(model).history`.
 
     Raises:
-        SegmentError: If `epochs` is not positive, a file cannot be loaded, or the loss is not a
-            finite number.
+        SegmentError: If `epochs` or `learning_rate` is not positive, a file cannot be loaded, or
+            the loss is not a finite number.
     """
     if epochs < 1:
         raise SegmentError(f"epochs is {epochs}: expected 1 or more.")
+    if not learning_rate > 0:
+        raise SegmentError(f"learning_rate is {learning_rate}: expected a number above 0.")
     if not model.compiled:
         _compile(model)
     if split is not None:
@@ -1033,6 +1037,8 @@ def load_model(path: StrPath) -> keras.Model:
     """
     if not Path(path).is_file():
         raise SegmentError(f"{path}: there is no such model file; give one that save_model wrote.")
+    if Path(path).suffix != ".keras" or not zipfile.is_zipfile(path):
+        raise SegmentError(f"{path}: not a .keras file, or cut short; give one of save_model's.")
     try:
         model = keras.saving.load_model(path, safe_mode=True)
         model.record = _read_record(path)

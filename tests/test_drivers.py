@@ -131,6 +131,22 @@ def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: li
     ]  # fmt: skip
 
 
+def test_only_the_training_images_are_shuffled_and_augmented(
+    train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, made = segment.create_generator, []
+
+    def spy(*args: Any, **kwargs: Any) -> segment.ImageGenerator:
+        made.append(create(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(segment, "create_generator", spy)
+    train("--seed", "7")
+    assert [(g.shuffle, g.augment) for g in made] == [(True, True), (False, False), (False, False)]
+    assert [len(g.image_paths) for g in made] == [8, 1, 3]
+    assert made[0].seed == 7
+
+
 def test_sizes_are_inspected_only_when_asked_for(train: Run, steps: list[str]) -> None:
     train()
     assert "inspect" not in steps
@@ -174,6 +190,10 @@ def test_bad_data_ends_in_a_sentence_and_status_2(
     assert "model.keras: there is no such model file" in capsys.readouterr().err
     assert train("--image-size", "30", "32") == 2
     assert "divisible by 16" in capsys.readouterr().err
+    assert train("--epochs", "0") == 2
+    assert "epochs is 0: expected 1 or more" in capsys.readouterr().err
+    assert train("--batch-size", "0") == 2
+    assert "batch_size is 0: expected 1 or more" in capsys.readouterr().err
     (tmp_path / "data" / "images" / "ISIC_0000003.png").unlink()
     assert train() == 2
     assert "1 masks without an image (ISIC_0000003)" in capsys.readouterr().err
@@ -183,12 +203,20 @@ def test_bad_data_ends_in_a_sentence_and_status_2(
     assert "ISIC_0000002.png: cannot be read as an image" in capsys.readouterr().err
 
 
+def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert train("--output", str(tmp_path / "file")) == 2
+    assert f"Error: {tmp_path / 'file'}: File exists; choose another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--image-dir", "x"], "--image-dir and --mask-dir go together"),
         (["--save", "model.h5"], "ends in .keras"),
-        (["--epochs", "0"], "0 is not 1 or more"),
+        (["--seed", "-1"], "-1 is not a whole number"),
         (["--image-size", "256"], "expected 2 arguments"),
     ],
 )

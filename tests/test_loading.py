@@ -82,6 +82,13 @@ def test_a_large_jpeg_loads_as_if_it_had_been_decoded_whole(tmp_path: Path) -> N
     assert np.abs(image.astype(int) - np.asarray(whole)).mean() < 0.5
 
 
+def labels_in_colours(levels: np.ndarray) -> Image.Image:
+    """A palette picture in which 0 is black and 1 dark red, as in PASCAL VOC."""
+    picture = Image.frombytes("P", levels.shape[::-1], (levels // 255).tobytes())
+    picture.putpalette([0, 0, 0, 128, 0, 0])
+    return picture
+
+
 def save_mask(path: Path, kind: str) -> np.ndarray:
     """A lesion's mask in one of the ways that people store them; returns the truth."""
     mask = draw_lesion((60, 80), 3)[1]
@@ -93,6 +100,7 @@ def save_mask(path: Path, kind: str) -> np.ndarray:
         "rgb": mask.convert("RGB"),
         "rgba": mask.convert("RGBA"),
         "palette": mask.convert("P"),
+        "labels in colours": labels_in_colours(levels),
         "jpeg": mask,
     }
     pictures[kind].save(path, quality=75)  # which only a JPEG heeds
@@ -100,7 +108,8 @@ def save_mask(path: Path, kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "kind", ["1 bit", "0 and 1", "16 bits", "rgb", "rgba", "palette", "jpeg"]
+    "kind",
+    ["1 bit", "0 and 1", "16 bits", "rgb", "rgba", "palette", "labels in colours", "jpeg"],
 )
 def test_a_mask_is_read_however_it_is_stored(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("a.jpg" if kind == "jpeg" else "a.png")

@@ -117,8 +117,12 @@ def test_a_missing_a_cut_and_a_foreign_file_are_told_apart(tmp_path: Path) -> No
     segment.save_model(small_model(), tmp_path / "m.keras")
     content = (tmp_path / "m.keras").read_bytes()
     (tmp_path / "cut.keras").write_bytes(content[: len(content) // 2])
-    with pytest.raises(segment.SegmentError, match=r"cut\.keras: not a whole, safe Keras 3"):
+    with pytest.raises(segment.SegmentError, match=r"cut\.keras: not a \.keras file, or cut short"):
         segment.load_model(tmp_path / "cut.keras")
+    with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
+        archive.writestr("letter.txt", "Dear network")
+    with pytest.raises(segment.SegmentError, match=r"odd\.keras: not a whole, safe Keras 3"):
+        segment.load_model(tmp_path / "odd.keras")
 
 
 def test_a_model_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:

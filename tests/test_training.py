@@ -151,10 +151,12 @@ def test_an_interruption_leaves_the_best_epoch_in_the_file(
     assert len(history["loss"]) in (1, 2)
 
 
-def test_no_epochs_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
+def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
     train, val = generators(make_pairs)
     with pytest.raises(segment.SegmentError, match="epochs is 0"):
         segment.train_model(new_model(), train, val, 0)
+    with pytest.raises(segment.SegmentError, match="learning_rate is -1: expected"):
+        segment.train_model(new_model(), train, val, 1, learning_rate=-1)
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
         segment.predict(segment.create_model((16, 16), num_filters=1), val)
 
