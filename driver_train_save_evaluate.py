@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from driver_load_evaluate import SAMPLE, natural, parse_common_options, run
+from driver_load_evaluate import SAMPLE, natural, parse_common_options, quiet_startup, run
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +47,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     import segment
 
-    keras.utils.set_random_seed(options.seed)
+    with quiet_startup():
+        keras.utils.set_random_seed(options.seed)
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks

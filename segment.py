@@ -672,10 +672,10 @@ def _norm_relu(x: Tensor, name: str) -> Tensor:
 
 
 def describe_device() -> str:
-    """One line: backend and devices, `"tensorflow 2.21.0, Keras 3.15.1, on cpu:0"`."""
+    """The backend and the device that it computes on, in one line."""
     backend = keras.backend.backend()
-    devices = ", ".join(keras.distribution.list_devices())
-    return f"{backend} {sys.modules[backend].__version__}, Keras {keras.__version__}, on {devices}"
+    device = str(ops.zeros(1).device).rpartition("device:")[-1]
+    return f"{device} ({backend} {sys.modules[backend].__version__}, Keras {keras.__version__})"
 
 
 # ----------------------------------------------------------------------------------------------

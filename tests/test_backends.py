@@ -1,4 +1,4 @@
-"""The tests of model, Dice and saving once more, on JAX."""
+"""The tests of model, Dice and saving once more, on JAX and, where it is installed, torch."""
 
 import importlib.util
 import os
@@ -12,10 +12,12 @@ TESTS = Path(__file__).parent
 FILES = ("test_model.py", "test_dice.py", "test_saving.py")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="JAX is not installed")
-def test_model_dice_and_saving_pass_on_jax() -> None:
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_model_dice_and_saving_pass_on_other_backends(backend: str) -> None:
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"{backend} is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    environment = {**os.environ, "KERAS_BACKEND": backend}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert " skipped" not in done.stdout

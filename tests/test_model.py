@@ -1,5 +1,6 @@
 """The improved UNet, on whichever backend."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -188,3 +189,9 @@ def test_a_size_that_16_does_not_divide_is_refused(image_size: Any) -> None:
 def test_a_model_without_filters_is_refused() -> None:
     with pytest.raises(segment.SegmentError, match="num_filters is 0"):
         segment.create_model(num_filters=0)
+
+
+def test_the_device_is_named_in_one_line() -> None:
+    line = segment.describe_device()
+    assert re.fullmatch(r"\S+ \(\w+ [\d.+a-z]+, Keras [\d.]+\)", line)
+    assert keras.backend.backend() in line
