@@ -1,0 +1,62 @@
+"""What the README promises, against the code."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import segment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    return README.split(f"{title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_the_function_table_names_every_public_function_and_no_other() -> None:
+    table = "\n".join(re.findall(r"^\| (`.*?) \|", section("## segment.py"), re.MULTILINE))
+    public = {name for name in segment.__all__ if inspect.isfunction(getattr(segment, name))}
+    helpers = {"describe_device", "image_id", "letterbox", "save_figure", "summarize"}
+    assert set(re.findall(r"`(\w+)`", table)) == public - helpers
+
+
+@pytest.mark.parametrize("driver", ["driver_train_save_evaluate", "driver_load_evaluate"])
+def test_the_drivers_number_their_steps_as_documented(driver: str) -> None:
+    flows = section("## The documented flows")
+    listed = re.split(r"^`driver", flows, flags=re.MULTILINE)
+    (flow,) = (text for text in listed if f"`driver{text}".startswith(f"`{driver}"))
+    code = (ROOT / f"{driver}.py").read_text()
+    numbers = re.findall(r"^\s+# (\d)\. ", code, re.MULTILINE)
+    assert numbers == re.findall(r"^(\d)\. ", flow, re.MULTILINE)
+
+
+def test_the_check_runs_the_documented_test_command() -> None:
+    install, run = re.findall(r"pip install -r (tests/\S+) && (.*)", README)[0]
+    check = (ROOT / ".ci" / "run").read_text()
+    assert f"-r {install}" in check
+    assert check.endswith(f"{run}\n")
+
+
+def test_every_picture_and_file_that_is_named_exists() -> None:
+    for name in re.findall(r"\]\((images/.*?)\)", README):
+        assert (ROOT / name).is_file()
+
+
+def test_the_notebook_cells_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    cells = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(cells) == 3
+    code = "\n".join(cells).replace("epochs=30", "epochs=1").replace("(128, 128)", "(16, 16)")
+    for folder in ("input", "truth"):
+        (tmp_path / "images" / "sample" / folder).mkdir(parents=True)
+        for path in sorted((ROOT / "images" / "sample" / folder).iterdir())[:8]:
+            (tmp_path / "images" / "sample" / folder / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(names["scores"], list)
+    assert len(names["scores"]) == 1
