@@ -127,6 +127,8 @@ def quiet_startup() -> Iterator[None]:
         yield
     finally:
         os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
