@@ -671,13 +671,6 @@ def _norm_relu(x: Tensor, name: str) -> Tensor:
     return layers.LeakyReLU(0.01, name=f"{name}_relu")(x)
 
 
-def describe_device() -> str:
-    """The backend and the device that it computes on, in one line."""
-    backend = keras.backend.backend()
-    device = str(ops.zeros(1).device).rpartition("device:")[-1]
-    return f"{device} ({backend} {sys.modules[backend].__version__}, Keras {keras.__version__})"
-
-
 # ----------------------------------------------------------------------------------------------
 # 6. Dice: per image, never pooled over a batch
 # ----------------------------------------------------------------------------------------------
@@ -951,6 +944,13 @@ def predict(model: keras.Model, generator: ImageGenerator, *, verbose: str | int
         )
     with _naming_the_file(generator):
         return np.asarray(model.predict(generator, verbose=verbose))
+
+
+def describe_device() -> str:
+    """The backend and the device that it computes on, in one line."""
+    backend = keras.backend.backend()
+    device = str(ops.zeros(1).device).rpartition("device:")[-1]
+    return f"{device} ({backend} {sys.modules[backend].__version__}, Keras {keras.__version__})"
 
 
 # ----------------------------------------------------------------------------------------------
