@@ -493,7 +493,8 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
             return images
         return images, np.stack([mask for _, mask in samples])
 
-    def on_epoch_end(self) -> None:  # noqa: D102, Keras calls it
+    def on_epoch_end(self) -> None:
+        """Goes on to the next order and augmentation; Keras calls it."""
         self.epoch += 1
 
     def _order(self, epoch: int) -> Array:
@@ -903,6 +904,7 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         save_model(self.model, self.path)
 
     def restore(self) -> None:
+        """Puts the best epoch back into the model, if there was one."""
         if self.best is not None:
             self.model.load_weights(self.path)
 

@@ -17,7 +17,8 @@ def test_model_dice_and_saving_pass_on_other_backends(backend: str) -> None:
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
-    environment = {**os.environ, "KERAS_BACKEND": backend}
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": quick}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert " skipped" not in done.stdout

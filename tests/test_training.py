@@ -52,7 +52,7 @@ def test_the_learning_rate_falls_along_a_half_cosine(make_pairs: MakePairs) -> N
 
 def test_training_lowers_the_loss(make_pairs: MakePairs) -> None:
     losses = segment.train_model(
-        new_model(), *generators(make_pairs), 12, learning_rate=0.01, verbose=0
+        new_model(), *generators(make_pairs), 8, learning_rate=0.02, verbose=0
     ).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -92,7 +92,7 @@ def test_a_loaded_model_goes_on_from_where_it_was(make_pairs: MakePairs, tmp_pat
 def test_going_on_never_makes_the_model_worse(make_pairs: MakePairs, tmp_path: Path) -> None:
     train, val = generators(make_pairs)
     model = new_model()
-    segment.train_model(model, train, val, 6, learning_rate=0.01, verbose=0)
+    segment.train_model(model, train, val, 3, learning_rate=0.01, verbose=0)
     best = max(segment.model_record(model).history["val_dice_coefficient"])
     model.optimizer.iterations.assign(0)
     segment.train_model(model, train, val, 1, learning_rate=100.0, verbose=0)
