@@ -222,7 +222,8 @@ def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) ->
             black and white is taken.
     """
     with _open_image(path) as image:
-        mask = _to_black_and_white(ImageOps.exif_transpose(image), image.format == "JPEG", path)
+        lossy = image.format in ("JPEG", "MPO")
+        mask = _to_black_and_white(ImageOps.exif_transpose(image), lossy, path)
         fitted = np.asarray(_fit(mask, (mask.height, mask.width), image_size))
     return (fitted >= 128).astype(np.uint8)[..., None]
 
@@ -265,20 +266,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
     """A mask as grey levels 0 and 255, or an error that names the values that it holds."""
-    grey = _to_eight_bits(image).convert("L")
-    if image.mode == "P" and not set(grey.getextrema()) <= {0, 255}:  # labels in colours
-        grey = Image.frombytes("L", image.size, image.tobytes())
-    counts = np.array(grey.histogram())
-    levels = [int(level) for level in np.flatnonzero(counts)]
-    if set(levels) <= {0, 1} and not lossy:
-        return grey.point([0] + [255] * 255)
-    between = counts[64:192].sum() / counts.sum()
-    if not (set(levels) <= {0, 255} or (lossy and between < 0.005)):
+    grey = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))
+    if image.mode == "P" and not np.isin(grey, (0, 255)).all():  # labels in colours
+        grey = np.asarray(image)
+    levels = np.unique(grey)
+    white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
+    # A lossy mask blurs, but keeps a black or a white and next to nothing in between.
+    hugging = lossy and levels[0] <= 24 and np.mean((grey > 23) & (grey < 232)) < 0.01
+    if not (np.isin(levels, (0, white)).all() or (hugging and levels[-1] != 1)):
         raise SegmentError(
             f"{path}: expected a mask of 0 and 255 (or 0 and 1) alone, but it has {len(levels)} "
-            f"values ({_shorten([str(level) for level in levels])}): threshold it, if it is a mask."
+            f"values ({_shorten([f'{level:g}' for level in levels])}): threshold it, if it is one."
         )
-    return grey.point([0] * 128 + [255] * 128)
+    return Image.fromarray((grey >= white / 2).astype(np.uint8) * 255)
 
 
 def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image:
@@ -826,7 +826,7 @@ def train_model(
     """
     if epochs < 1:
         raise SegmentError(f"epochs is {epochs}: expected 1 or more.")
-    if not learning_rate > 0:
+    if not 0 < learning_rate < math.inf:
         raise SegmentError(f"learning_rate is {learning_rate}: expected a number above 0.")
     if not model.compiled:
         _compile(model)
@@ -888,9 +888,10 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         logs = {name: float(value) for name, value in (logs or {}).items()}
-        if not math.isfinite(logs["loss"]):
+        loss = logs["loss"] + logs.get("val_loss", 0.0)
+        if not math.isfinite(loss):
             raise SegmentError(
-                f"The loss became {logs['loss']} in epoch {epoch + 1}, where training stopped: "
+                f"The loss became {loss} in epoch {epoch + 1}, where training stopped: "
                 f"try a learning rate below {logs['learning_rate']:g}."
             )
         for name, value in logs.items():
@@ -900,8 +901,8 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
             self._keep(score)
 
     def _keep(self, best: float) -> None:
-        self.best = best
         save_model(self.model, self.path)
+        self.best = best  # only now is there a file to restore it from
 
     def restore(self) -> None:
         """Puts the best epoch back into the model, if there was one."""
@@ -912,6 +913,9 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
 @contextlib.contextmanager
 def _naming_the_file(*generators: Any) -> Iterator[None]:
     """A backend wraps what a generator raises in an error of its own; raises the generator's."""
+    for generator in generators:
+        if hasattr(generator, "failure"):
+            generator.failure = None
     try:
         yield
     except Exception as error:
@@ -1395,7 +1399,7 @@ def plot_predictions(
         titles = (scores[i]["id"], "Target", f"Prediction, Dice {scores[i]['dice']:.4f}")
         for cell, picture, title in zip(cells, (image, target, prediction), titles, strict=True):
             cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            cell.set_title(title, fontsize="medium")
+            cell.set_title(title, fontsize="medium", parse_math=False)
             cell.axis("off")
         if contours:
             _draw_contours(cells[0], target[..., 0], prediction[..., 0])
@@ -1446,7 +1450,8 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
     """
     panels = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
     panels = {name: title for name, title in panels.items() if f"val_{name}" in history}
-    best = int(np.argmax(history.get(BEST, -np.array(history["val_loss"])))) + 1
+    scores = history[BEST] if BEST in history else -np.array(history["val_loss"])
+    best = int(np.argmax(scores)) + 1
     figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
     for cell, (name, title) in zip(axes, panels.items(), strict=True):
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):

@@ -132,6 +132,27 @@ def test_a_mask_of_other_values_is_refused_and_they_are_named(
         segment.load_segmented_image(tmp_path / "labels.png")
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "dtype"),
+    [
+        ("a.jpg", (0, 1), np.uint8),
+        ("a.png", (0, 100, 65535), np.uint16),
+        ("a.tif", (0, 65536), np.int32),
+        ("a.tif", (0, -1), np.int32),
+        ("a.tif", (0, 0.5), np.float32),
+    ],
+)
+def test_a_mask_is_never_misread_as_empty(
+    tmp_path: Path, name: str, values: tuple[float, ...], dtype: type
+) -> None:
+    levels: np.ndarray = np.full((64, 64), values[0], dtype)
+    for i, value in enumerate(values):
+        levels[16 * i : 16 * i + 16] = value
+    Image.fromarray(levels).save(tmp_path / name)
+    with pytest.raises(segment.SegmentError, match="expected a mask of 0 and 255"):
+        segment.load_segmented_image(tmp_path / name)
+
+
 def test_a_photograph_is_no_mask(tmp_path: Path) -> None:
     draw_lesion((60, 80), 0)[0].save(tmp_path / "photo.jpg")
     with pytest.raises(segment.SegmentError, match="expected a mask of 0 and 255"):

@@ -133,6 +133,36 @@ def test_a_file_that_vanishes_is_named_and_the_best_epoch_stays(
             np.testing.assert_array_equal(now, before)
 
 
+def test_a_first_save_that_fails_never_brings_back_an_older_file(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val = generators(make_pairs)
+    path = tmp_path / "old.keras"
+    old = segment.create_model(SIZE, num_filters=2)
+    segment.save_model(old, path)
+
+    def disk_full(*_: Any, **__: Any) -> None:
+        raise segment.SegmentError("disk full")
+
+    monkeypatch.setattr(segment, "save_model", disk_full)
+    model = new_model()
+    with pytest.raises(segment.SegmentError, match="disk full"):
+        segment.train_model(model, train, val, 1, save_path=path, verbose=0)
+    kernels = [m.get_layer("level1_conv").get_weights()[0] for m in (model, old)]
+    assert not np.array_equal(*kernels)
+
+
+def test_a_validation_loss_that_is_not_a_number_is_never_the_best_epoch(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    callback = segment._BestEpoch(None, tmp_path / "best.keras")
+    callback.set_model(new_model())
+    logs = {"loss": 0.5, "val_loss": math.nan, segment.BEST: 0.9, "learning_rate": 0.001}
+    with pytest.raises(segment.SegmentError, match="loss became nan in epoch 1"):
+        callback.on_epoch_end(0, logs)
+    assert not (tmp_path / "best.keras").exists()
+
+
 def test_an_interruption_leaves_the_best_epoch_in_the_file(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
