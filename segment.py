@@ -879,14 +879,17 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         self.best: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
+        """Takes a model that goes on for the best so far."""
         earlier = model_record(self.model).history.get(BEST)
-        if earlier:  # a model that goes on is itself the best so far
+        if earlier:
             self._keep(max(earlier))
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        self.train_generator.epoch = epoch  # ties its randomness to the number of the epoch
+        """Ties the generator's randomness to the number of the epoch."""
+        self.train_generator.epoch = epoch
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+        """Records the epoch, and keeps it if it is the best."""
         logs = {name: float(value) for name, value in (logs or {}).items()}
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         if not math.isfinite(loss):
