@@ -16,10 +16,11 @@ SAMPLE = Path(__file__).parent / "images" / "sample"
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="the .keras file that the training saved")
-    parser.add_argument("--all", action="store_true",
-                        help="score every pair of the folder, not the test set put aside")
-    return parse_common_options(parser, arguments)
+    add = parser.add_argument_group("model").add_argument
+    add("model", metavar="MODEL", help="the .keras file that the training saved")
+    add("--all", action="store_true",
+        help="score every pair of the folder, not only the test set that was put aside")
+    return parse_common_options(parser, arguments, output="evaluation")
 
 
 def load_evaluate(options: argparse.Namespace) -> None:
@@ -41,12 +42,13 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
     # 4. Load the trained model, and with it the names of its test set
     model = segment.load_model(options.model)
+    seen = segment.image_ids_seen(model, image_paths[: options.subset]) if options.all else []
+    if seen:
+        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
+              "scores do not count as a test.", file=sys.stderr)
     if not options.all:
         image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
         print(f"Evaluating the {len(image_paths)} test images put aside in training")
-    elif seen := segment.image_ids_seen(model, image_paths):
-        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
-              "scores do not count as a test.", file=sys.stderr)
 
     # 5. Predict the test set
     test_generator = segment.create_generator(
@@ -58,7 +60,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
     # 6. Show the results
     record = segment.model_record(model)
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
-                    threshold=record.threshold, history=record.history, output_dir=output)
+                    threshold=record.threshold, history=record.history, output_dir=output,
+                    notes={"model": options.model, "images_used_in_training": len(seen)})
     print(f"Scores, figures and masks are in {output}")
 
 
@@ -66,55 +69,69 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
 
 def parse_common_options(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, output: str
 ) -> argparse.Namespace:
     """Adds the options that both drivers have, and parses all of them."""
     add = parser.add_argument_group("data").add_argument
     add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
     add("--mask-dir", metavar="DIR", help="folder of their masks (default: the sample)")
-    add("--subset", type=natural, metavar="N", help="use the first N pairs only")
-    add("--batch-size", type=natural, metavar="N", help="images a batch (default: 8; sample: 4)")
+    add("--subset", type=positive, metavar="N", help="use the first N pairs (or test images) only")
+    add("--batch-size", type=positive, metavar="N", help="images a batch (default: 8; sample: 4)")
     add("--inspect", action="store_true", help="count and plot the sizes of the images")
     add = parser.add_argument_group("results").add_argument
-    add("--output", default="output", metavar="DIR",
+    add("--output", default=output, metavar="DIR",
         help="folder for everything that is written (default: %(default)s)")
     add("--num-imgs", type=natural, default=4, metavar="N",
         help="test images to draw, and as many of the worst (default: %(default)s)")
     options = parser.parse_args(arguments)
     if (options.image_dir is None) != (options.mask_dir is None):
         parser.error("--image-dir and --mask-dir go together: give both, or none for the sample")
-    if options.batch_size is None:
-        options.batch_size = 8 if options.image_dir else 4
     if options.image_dir is None:
-        options.image_dir, options.mask_dir = SAMPLE / "input", SAMPLE / "truth"
+        options.image_dir, options.mask_dir = str(SAMPLE / "input"), str(SAMPLE / "truth")
+    options.on_sample = Path(options.image_dir).resolve() == (SAMPLE / "input").resolve()
+    if options.batch_size is None:
+        options.batch_size = 4 if options.on_sample else 8
     return options
 
 
-def natural(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^32 - 1")
+def natural(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to 2^32 - 1")
     return int(text)
+
+
+def positive(text: str) -> int:
+    return natural(text, least=1)
 
 
 def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Runs a driver's steps; returns its exit status: 0, 2 after bad input, 130 after Ctrl-C."""
-    with quiet_startup():  # only now, so that --help and wrong options answer at once
-        import segment
-
-        device = segment.describe_device()
-    print(f"Device: {device}")
     try:
+        with quiet_startup():  # only now, so that --help and wrong options answer at once
+            import segment
+
+            device = segment.describe_device()
+        print(f"Device: {device}")
         steps(options)
-    except segment.SegmentError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"Error: {error.filename}: {error.strerror}; choose another place", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except ImportError as error:
+        return complain(f"{error}: pip install -r requirements.txt")
+    except OSError as error:
+        if error.filename is not None:
+            return complain(f"{error.filename}: {error.strerror}; choose another place")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes the rest on exit
+        return complain(f"what the driver prints cannot be written ({error.strerror})")
+    except segment.SegmentError as error:
+        return complain(str(error))
     return 0
+
+
+def complain(sentence: str) -> int:
+    print(f"Error: {sentence}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager

@@ -5,34 +5,36 @@ log of the training, the scores, the figures and the predicted masks.
 """
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from driver_load_evaluate import SAMPLE, natural, parse_common_options, quiet_startup, run
+from driver_load_evaluate import natural, parse_common_options, positive, quiet_startup, run
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("training").add_argument
-    add("--image-size", nargs=2, type=natural, metavar=("HEIGHT", "WIDTH"),
+    add("--image-size", nargs=2, type=positive, metavar=("HEIGHT", "WIDTH"),
         help="frame of the network in pixels, divisible by 16 (default: 256 256; sample: 128 128)")
     add("--val-split", type=float, default=0.2, metavar="SHARE",
-        help="share that validates of what the test set leaves (default: %(default)s)")
+        help="share that validates of what the test set leaves; with 0 the last epoch counts as "
+             "the best (default: %(default)s)")
     add("--test-split", type=float, metavar="SHARE",
-        help="share of all that tests (default: 0.03; sample: 0.2)")
-    add("--epochs", type=natural, metavar="N",
+        help="share of all that tests; with 0 nothing is scored (default: 0.03; sample: 0.2)")
+    add("--epochs", type=positive, metavar="N",
         help="passes over the training set (default: 60; sample: 30)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE",
         help="peak of the learning rate (default: %(default)s)")
     add("--seed", type=natural, default=0,
         help="of split, weights, order and augmentation (default: %(default)s)")
     add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
-    options = parse_common_options(parser, arguments)
-    on_sample = options.image_dir == SAMPLE / "input"
-    defaults = {"image_size": (128, 128) if on_sample else (256, 256),
-                "test_split": 0.2 if on_sample else 0.03,
-                "epochs": 30 if on_sample else 60,
+    options = parse_common_options(parser, arguments, output="output")
+    defaults = {"image_size": (128, 128) if options.on_sample else (256, 256),
+                "test_split": 0.2 if options.on_sample else 0.03,
+                "epochs": 30 if options.on_sample else 60,
                 "save": str(Path(options.output) / "model.keras")}
     for name, default in defaults.items():
         if getattr(options, name) is None:
@@ -71,18 +73,19 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     )
     print("{} to train, {} to validate, {} to test on".format(*(len(part[0]) for part in split)))
 
-    # 5. Create a generator for each set
+    # 5. Create a generator for each set (none for an empty one)
     shape = {"image_size": options.image_size, "batch_size": options.batch_size}
     train_generator = segment.create_generator(
         *train, shuffle=True, augment=True, seed=options.seed, **shape
     )
-    val_generator = segment.create_generator(*val, **shape)
-    test_generator = segment.create_generator(*test, **shape)
+    val_generator = segment.create_generator(*val, **shape) if val[0] else None
+    test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
     # 6. Create a new UNet
     model = segment.create_model(options.image_size)
 
-    # 7. Train it, the best epoch in the file at any time; then save it with its whole history
+    # 7. Train it, the best epoch so far in the file; then save it with its whole history
+    began = time.time()
     try:
         segment.train_model(
             model, train_generator, val_generator, options.epochs,
@@ -90,11 +93,14 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             save_path=options.save, split=split, log_path=output / "training.csv",
         )
     except KeyboardInterrupt:
-        if segment.model_record(model).history:
+        if os.path.exists(options.save) and os.path.getmtime(options.save) >= began:
             print(f"\nThe best epoch so far is in {options.save}", file=sys.stderr)
         raise
     segment.save_model(model, options.save)
     print(f"Saved {options.save}")
+    if test_generator is None:
+        print("No image was put aside to test on (--test-split 0): there is nothing to score")
+        return
 
     # 8. Predict the test set
     predictions = segment.predict(model, test_generator)
@@ -102,7 +108,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     # 9. Show the results
     record = segment.model_record(model)
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
-                    threshold=record.threshold, history=record.history, output_dir=output)
+                    threshold=record.threshold, history=record.history, output_dir=output,
+                    notes={"model": options.save})
     print(f"Scores, figures and masks are in {output}")
 
 

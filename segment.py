@@ -12,8 +12,8 @@ model, Dice, training, saving, results. In short::
     segment.save_model(model, "unet.keras", split=(train, val, test))
     scores = segment.results(test_generator, segment.predict(model, test_generator))
 
-Image sizes are `(height, width)` in pixels everywhere. Nothing runs on import, and the module works
-on every Keras backend (TensorFlow unless `KERAS_BACKEND` says otherwise).
+Image sizes are `(height, width)` in pixels everywhere. Nothing runs on import. The module works on
+Keras' backends TensorFlow (unless `KERAS_BACKEND` says otherwise), JAX and PyTorch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import keras
 import matplotlib.pyplot as plt
@@ -47,16 +47,17 @@ from sklearn.model_selection import train_test_split
 
 __all__ = [  # noqa: RUF022, by the alphabet
     "create_generator", "create_model", "describe_device", "dice_coefficient", "dice_loss",
-    "find_image_pairs", "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator", "ImageScores",
-    "inspect", "letterbox", "load_input_image", "load_model", "load_segmented_image",
+    "find_image_pairs", "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator", "inspect",
+    "letterbox", "load_input_image", "load_model", "load_segmented_image", "METRICS",
     "model_record", "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes",
     "plot_predictions", "predict", "restore_masks", "results", "save_figure", "save_masks",
-    "save_model", "score_masks", "Scores", "SegmentError", "stored_test_split", "summarize",
-    "train_model", "train_val_test_split",
+    "save_model", "score_masks", "SegmentError", "stored_test_split", "summarize", "train_model",
+    "train_val_test_split",
 ]
 
 IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
+METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
 BEST = "val_dice_coefficient"  # what the best epoch is best in
 
@@ -70,6 +71,11 @@ Tensor = Any  # of whichever backend
 
 class SegmentError(ValueError):
     """Input that cannot be used; says what was received, what was expected and what to do."""
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise SegmentError(otherwise)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -116,8 +122,8 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
     images = {image_id(path): path for path in image_files}
     masks = {image_id(path): path for path in mask_files}
     problems = {
-        "ids that several images share": _repeated(map(image_id, image_files)),
-        "ids that several masks share": _repeated(map(image_id, mask_files)),
+        "ids that several images share": _repeated(image_files),
+        "ids that several masks share": _repeated(mask_files),
         "images without a mask": sorted(images.keys() - masks.keys()),
         "masks without an image": sorted(masks.keys() - images.keys()),
     }
@@ -132,8 +138,7 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
 
 
 def _list_images(folder: StrPath) -> list[str]:
-    if not Path(folder).is_dir():
-        raise SegmentError(f"{folder} is not a folder: give the folder that holds the files.")
+    _require(Path(folder).is_dir(), f"{folder} is not a folder: give the one that holds the files.")
     paths = [
         str(path)
         for path in sorted(Path(folder).iterdir())
@@ -142,8 +147,9 @@ def _list_images(folder: StrPath) -> list[str]:
         and not path.stem.lower().endswith("_superpixels")
         and path.is_file()
     ]
-    if not paths:
-        raise SegmentError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    _require(bool(paths), f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    odd = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
+    _require(not odd, f"{len(odd)} file names are not UTF-8 ({_shorten(odd)}): rename the files.")
     return paths
 
 
@@ -151,14 +157,27 @@ def _is_mask(path: StrPath) -> bool:
     return Path(path).stem.lower().endswith("_segmentation")
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
-    return sorted(name for name, count in Counter(names).items() if count > 1)
+def _repeated(paths: Sequence[str]) -> list[str]:
+    return sorted(id_ for id_, count in Counter(map(image_id, paths)).items() if count > 1)
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:
     """`"a, b, c"`, or with many names `"a, b, c, d, e and 72 more"`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _check_lengths(image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]) -> None:
+    images, masks = len(image_paths), len(mask_paths)
+    _require(images == masks, f"{images} images came with {masks} masks: expected one for each.")
+
+
+def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
+    sides = tuple(image_size) if isinstance(image_size, Iterable) else ()
+    valid = len(sides) == 2 and all(side in range(divisor, 2**16, divisor) for side in sides)
+    multiple = f" divisible by {divisor}" if divisor > 1 else ""
+    _require(valid, f"image_size is {image_size}: expected (height, width) in pixels{multiple}.")
+    return int(sides[0]), int(sides[1])
 
 
 def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
@@ -193,15 +212,15 @@ def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDA
         `uint8 (height, width, 3)` in 0..255, black where the frame is wider or taller.
 
     Raises:
-        SegmentError: If the file cannot be read as an image.
+        SegmentError: If the file cannot be read as an image, or `image_size` is none.
     """
     with _open_image(path) as image:
         size = _upright_size(image)
         if image_size is not None:
             # A JPEG is decoded at the smallest scale that still has twice the pixels needed.
-            longest = 2 * max(letterbox(size, image_size)[2:])
+            longest = 2 * max(letterbox(size, _check_image_size(image_size))[2:])
             image.draft("RGB", (longest, longest))
-        return np.asarray(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, image_size))
+        return np.asarray(_fit(_to_rgb(ImageOps.exif_transpose(image), path), size, image_size))
 
 
 def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
@@ -250,30 +269,32 @@ def _upright_size(image: Image.Image) -> Size:
     return (image.width, image.height) if quarter_turn else (image.height, image.width)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey levels to 8, which Pillow would clip; others as they are."""
-    if not image.mode.startswith("I"):
-        return image
-    levels = np.asarray(image)
-    return Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
+    if image.mode[0] in "IF":  # grey levels of more than 8 bits, which Pillow would clip
+        levels = np.asarray(image)
+        lowest, highest = levels.min(), levels.max()
+        if image.mode == "F" or lowest < 0 or highest > 65535:
+            raise SegmentError(
+                f"{path}: its grey levels are {levels.dtype} from {lowest:g} to {highest:g}: "
+                "expected 8 or 16 bits without a sign; convert it."
+            )
+        image = Image.fromarray((levels >> 8 if highest > 255 else levels).astype(np.uint8))
     if image.mode == "P":  # may be translucent, which Pillow converts cleanly only by way of RGBA
         image = image.convert("RGBA")
-    return _to_eight_bits(image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
     """A mask as grey levels 0 and 255, or an error that names the values that it holds."""
-    grey = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))
+    grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
     if image.mode == "P" and not np.isin(grey, (0, 255)).all():  # labels in colours
         grey = np.asarray(image)
     levels = np.unique(grey)
     white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
-    # A lossy mask blurs, but keeps a black or a white and next to nothing in between.
-    hugging = lossy and levels[0] <= 24 and np.mean((grey > 23) & (grey < 232)) < 0.01
-    if not (np.isin(levels, (0, white)).all() or (hugging and levels[-1] != 1)):
+    # A lossy mask blurs, but keeps its black, its white and next to nothing in between.
+    hugging = lossy and levels[0] < 24 and levels[-1] >= 232
+    hugging = hugging and np.mean((grey >= 24) & (grey < 232)) < 0.01
+    if not (hugging or np.isin(levels, (0, white)).all()):
         raise SegmentError(
             f"{path}: expected a mask of 0 and 255 (or 0 and 1) alone, but it has {len(levels)} "
             f"values ({_shorten([f'{level:g}' for level in levels])}): threshold it, if it is one."
@@ -285,7 +306,7 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
     """Resizes a picture whose full size is `size` onto its box in a black frame."""
     if image_size is None:
         return image
-    top, left, height, width = letterbox(size, image_size)
+    top, left, height, width = letterbox(size, _check_image_size(image_size))
     frame = Image.new(image.mode, (image_size[1], image_size[0]))
     # Pillow's bilinear filter averages over all that a smaller pixel covers: no aliasing.
     frame.paste(image.resize((width, height), Image.Resampling.BILINEAR), (left, top))
@@ -375,16 +396,14 @@ def train_val_test_split(
         SegmentError: If the lists differ in length, a share is out of range, or nothing is left
             to train on.
     """
-    if len(image_paths) != len(mask_paths):
-        raise SegmentError(f"{len(image_paths)} images came with {len(mask_paths)} masks.")
+    _check_lengths(image_paths, mask_paths)
+    _check_seed(seed)
     for name, share in {"val_split": val_split, "test_split": test_split}.items():
-        if not 0 <= share < 1:
-            raise SegmentError(f"{name} is {share}: expected a share from 0 to below 1.")
+        _require(0 <= share < 1, f"{name} is {share}: expected a share from 0 to below 1.")
     pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
     rest, test = _draw(pairs, test_split, seed)
     train, val = _draw(rest, val_split, seed)
-    if not train:
-        raise SegmentError(f"{len(pairs)} pairs are too few to train, validate and test on.")
+    _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
@@ -395,6 +414,10 @@ def _draw(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[
         return pairs[count:], pairs[:count]
     rest, drawn = train_test_split(pairs, test_size=count, random_state=seed)
     return rest, drawn
+
+
+def _check_seed(seed: int) -> None:
+    _require(seed in range(2**32), f"seed is {seed}: expected a whole number from 0 to 2^32 - 1.")
 
 
 def _unzip(pairs: Sequence[Pair]) -> Pairs:
@@ -435,19 +458,17 @@ def create_generator(
         `uint8 (N, height, width, 1)` in {0, 1} where there are masks.
 
     Raises:
-        SegmentError: If there are no images, the lists differ in length, or `batch_size` is not
-            positive.
+        SegmentError: If there are no images, the lists differ in length, or a number is out of
+            range.
     """
-    if not image_paths:
-        raise SegmentError("A generator needs at least one image, but the list is empty.")
-    if mask_paths is not None and len(image_paths) != len(mask_paths):
-        raise SegmentError(f"{len(image_paths)} images came with {len(mask_paths)} masks.")
-    if batch_size < 1:
-        raise SegmentError(f"batch_size is {batch_size}: expected 1 or more images a batch.")
+    _require(len(image_paths) > 0, "A generator needs at least one image, but the list is empty.")
+    _check_lengths(image_paths, image_paths if mask_paths is None else mask_paths)
+    _require(batch_size >= 1, f"batch_size is {batch_size}: expected 1 or more images a batch.")
+    _check_seed(seed)
     return ImageGenerator(
         [str(path) for path in image_paths],
         None if mask_paths is None else [str(path) for path in mask_paths],
-        (image_size[0], image_size[1]), batch_size, shuffle, augment, seed, workers,
+        _check_image_size(image_size), batch_size, shuffle, augment, seed, workers,
     )  # fmt: skip
 
 
@@ -516,11 +537,11 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
 
 def _check_same_size(image_path: str, mask_path: str) -> None:
     size, mask_size = _size_of(image_path), _size_of(mask_path)
-    if size != mask_size:
-        raise SegmentError(
-            f"{image_path} is {size[0]} × {size[1]} (height × width), but its mask {mask_path} is "
-            f"{mask_size[0]} × {mask_size[1]}: expected a mask of the size of its image."
-        )
+    _require(
+        size == mask_size,
+        f"{image_path} is {size[0]} × {size[1]} (height × width), but its mask {mask_path} is "
+        f"{mask_size[0]} × {mask_size[1]}: expected a mask of the size of its image.",
+    )
 
 
 def _augment(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -590,13 +611,11 @@ def create_model(
         parameters.
 
     Raises:
-        SegmentError: If `image_size` is not divisible by 16 or `num_filters` not positive.
+        SegmentError: If `image_size` is not divisible by 16, or another number is out of range.
     """
-    if len(image_size) != 2 or any(side not in range(16, 2**16, 16) for side in image_size):
-        raise SegmentError(f"image_size is {image_size}: expected (height, width) divisible by 16.")
-    if num_filters < 1:
-        raise SegmentError(f"num_filters is {num_filters}: expected 1 or more.")
-    inputs = keras.Input((*map(int, image_size), 3), name="image")
+    _require(num_filters >= 1, f"num_filters is {num_filters}: expected 1 or more.")
+    _require(0 <= dropout < 1, f"dropout is {dropout}: expected a share from 0 to below 1.")
+    inputs = keras.Input((*_check_image_size(image_size, 16), 3), name="image")
     scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
     lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
     outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
@@ -717,21 +736,7 @@ def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     return ops.sum(y_true * y_pred, pixels), ops.sum(y_true, pixels) + ops.sum(y_pred, pixels)
 
 
-class Scores(TypedDict):
-    """What `score_masks` returns, each in 0..1."""
-
-    dice: float
-    jaccard: float
-    thresholded_jaccard: float
-    sensitivity: float
-    specificity: float
-    accuracy: float
-
-
-METRICS = tuple(Scores.__annotations__)
-
-
-def score_masks(truth: Array, prediction: Array) -> Scores:
+def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
     """Scores one binary mask against another, as the ISIC challenges do.
 
     With TP, FP, FN and TN pixels: Dice = 2 TP / (2 TP + FP + FN), Jaccard = TP / (TP + FP + FN),
@@ -744,39 +749,35 @@ def score_masks(truth: Array, prediction: Array) -> Scores:
         prediction: Mask of the same shape.
 
     Returns:
-        The six scores by name.
+        The six scores by their names in `METRICS`, each in 0..1.
 
     Raises:
         SegmentError: If the shapes differ, are empty, or a value is neither 0 nor 1.
     """
-    if truth.shape != prediction.shape or not truth.size:
-        shapes = f"{truth.shape} and {prediction.shape}"
-        raise SegmentError(f"The masks have the shapes {shapes}: expected the same one twice.")
-    truth, prediction = _as_bool(truth, "truth"), _as_bool(prediction, "prediction")
-    hit = int(np.count_nonzero(truth & prediction))
+    truth, prediction = np.asarray(truth), np.asarray(prediction)
+    shapes = f"{truth.shape} and {prediction.shape}"
+    same = truth.shape == prediction.shape and truth.size > 0
+    _require(same, f"The masks have the shapes {shapes}: expected the same one twice.")
+    for name, mask in {"truth": truth, "prediction": prediction}.items():
+        if not np.isin(mask, (0, 1)).all():
+            span = f"{mask.min()} to {mask.max()}"
+            raise SegmentError(f"The {name} holds values of {span}: expected a mask of 0 and 1.")
+    hit = int(np.count_nonzero((truth == 1) & (prediction == 1)))
     missed, extra = int(np.count_nonzero(truth)) - hit, int(np.count_nonzero(prediction)) - hit
     rest = truth.size - hit - missed - extra
-    jaccard = _ratio(hit, hit + missed + extra)
+
+    def ratio(part: int, whole: int) -> float:
+        return part / whole if whole else 1.0
+
+    jaccard = ratio(hit, hit + missed + extra)
     return {
-        "dice": _ratio(2 * hit, 2 * hit + missed + extra),
+        "dice": ratio(2 * hit, 2 * hit + missed + extra),
         "jaccard": jaccard,
         "thresholded_jaccard": jaccard if jaccard >= JACCARD_FAILURE else 0.0,
-        "sensitivity": _ratio(hit, hit + missed),
-        "specificity": _ratio(rest, rest + extra),
-        "accuracy": _ratio(hit + rest, truth.size),
+        "sensitivity": ratio(hit, hit + missed),
+        "specificity": ratio(rest, rest + extra),
+        "accuracy": ratio(hit + rest, truth.size),
     }
-
-
-def _as_bool(mask: Array, name: str) -> NDArray[np.bool_]:
-    if not ((mask == 0) | (mask == 1)).all():
-        raise SegmentError(
-            f"The {name} holds values of {mask.min()} to {mask.max()}: expected a mask of 0 and 1."
-        )
-    return mask.astype(np.bool_)
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -787,7 +788,7 @@ def _ratio(part: int, whole: int) -> float:
 def train_model(
     model: keras.Model,
     train_generator: keras.utils.PyDataset,
-    val_generator: keras.utils.PyDataset,
+    val_generator: keras.utils.PyDataset | None,
     epochs: int,
     *,
     learning_rate: float = 1e-3,
@@ -801,17 +802,18 @@ def train_model(
     A model that is not compiled gets the soft Dice loss, Adam, and accuracy and Dice as metrics. A
     loaded one keeps its optimizer, and its epochs are counted on. The learning rate falls along a
     half cosine, from `learning_rate` in epoch 0 to nearly 0 in the last; a model with epochs behind
-    it enters the curve there. In the end, and also if training was interrupted, the model is that
-    of the epoch with the highest validation Dice, optimizer included (of the lowest validation
-    loss, if it was compiled without `dice_coefficient`).
+    it enters the curve there. In the end, and also if training was interrupted after an epoch, the
+    model is that of the best epoch, optimizer included: the one with the highest validation Dice
+    (the lowest validation loss, if it was compiled without `dice_coefficient`; the last, if there
+    is no validation).
 
     Args:
         model: What `create_model` or `load_model` returned; changed in place.
         train_generator: Batches to train on.
-        val_generator: Batches to validate on after each epoch.
+        val_generator: Batches to validate on after each epoch, `None` for no validation.
         epochs: How many epochs to train, in addition to those before.
         learning_rate: Peak of the learning rate.
-        save_path: `.keras` file that holds the best epoch so far at any time.
+        save_path: `.keras` file that from the end of the first epoch on holds the best one so far.
         split: `(train, val, test)` as `train_val_test_split` returned it, for the file.
         log_path: CSV file that gets a line an epoch, appended to if the model goes on.
         verbose: Progress display, as in `keras.Model.fit`.
@@ -821,15 +823,19 @@ def train_model(
         `model_record(model).history`.
 
     Raises:
-        SegmentError: If `epochs` or `learning_rate` is not positive, a file cannot be loaded, or
-            the loss is not a finite number.
+        SegmentError: If `epochs` or `learning_rate` is not positive, the generators do not fit the
+            model, a file cannot be loaded or written, or the loss is not a finite number.
     """
-    if epochs < 1:
-        raise SegmentError(f"epochs is {epochs}: expected 1 or more.")
-    if not 0 < learning_rate < math.inf:
-        raise SegmentError(f"learning_rate is {learning_rate}: expected a number above 0.")
-    if not model.compiled:
-        _compile(model)
+    _require(epochs >= 1, f"epochs is {epochs}: expected 1 or more.")
+    positive = 0 < learning_rate < math.inf
+    _require(positive, f"learning_rate is {learning_rate}: expected a number above 0.")
+    for generator in (train_generator, val_generator):
+        if isinstance(generator, ImageGenerator):  # and not some data set of the user's own
+            _check_frame(model, generator)
+            _masks_of(generator)
+    _check_file_to_write(save_path, ".keras")
+    _check_file_to_write(log_path)
+    _compile(model)
     if split is not None:
         model_record(model).split = _split_names(split)
     begun = len(model_record(model).history.get("loss", ()))
@@ -844,7 +850,6 @@ def train_model(
             best_epoch,
         ]
         if log_path is not None:
-            Path(log_path).parent.mkdir(parents=True, exist_ok=True)
             callbacks.append(keras.callbacks.CSVLogger(log_path, append=begun > 0))
         try:
             with _naming_the_file(train_generator, val_generator):
@@ -857,7 +862,20 @@ def train_model(
             best_epoch.restore()
 
 
+def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
+    frame = tuple(model.input_shape[1:3])
+    _require(
+        frame == generator.image_size,
+        f"The model takes images of {frame}, but the generator makes {generator.image_size}: "
+        "create both with the same image_size.",
+    )
+
+
 def _compile(model: keras.Model) -> None:
+    if model.compiled:
+        schedule = isinstance(model.optimizer.get_config().get("learning_rate"), dict)
+        _require(not schedule, "The optimizer has a schedule of its own: give it a plain rate.")
+        return
     model.compile(
         optimizer=keras.optimizers.Adam(),
         loss=dice_loss,
@@ -880,7 +898,7 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Takes a model that goes on for the best so far."""
-        earlier = model_record(self.model).history.get(BEST)
+        earlier = _epoch_scores(model_record(self.model).history)
         if earlier:
             self._keep(max(earlier))
 
@@ -892,14 +910,15 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         """Records the epoch, and keeps it if it is the best."""
         logs = {name: float(value) for name, value in (logs or {}).items()}
         loss = logs["loss"] + logs.get("val_loss", 0.0)
-        if not math.isfinite(loss):
-            raise SegmentError(
-                f"The loss became {loss} in epoch {epoch + 1}, where training stopped: "
-                f"try a learning rate below {logs['learning_rate']:g}."
-            )
+        _require(
+            math.isfinite(loss),
+            f"The loss became {loss} in epoch {epoch + 1}, where training stopped: try a learning "
+            f"rate below {logs['learning_rate']:g}.",
+        )
+        history = model_record(self.model).history
         for name, value in logs.items():
-            model_record(self.model).history.setdefault(name, []).append(value)
-        score = logs.get(BEST, -logs["val_loss"])  # the user may have compiled without Dice
+            history.setdefault(name, []).append(value)
+        score = _epoch_scores(history)[-1]
         if self.best is None or score > self.best:
             self._keep(score)
 
@@ -911,6 +930,15 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         """Puts the best epoch back into the model, if there was one."""
         if self.best is not None:
             self.model.load_weights(self.path)
+
+
+def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
+    """What the best epoch is best in; without validation, in being the last."""
+    if BEST in history:
+        return list(history[BEST])
+    if "val_loss" in history:
+        return [-loss for loss in history["val_loss"]]
+    return [float(epoch) for epoch in range(len(history.get("loss", ())))]
 
 
 @contextlib.contextmanager
@@ -945,12 +973,7 @@ def predict(model: keras.Model, generator: ImageGenerator, *, verbose: str | int
     Raises:
         SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
     """
-    _, *frame, _ = model.input_shape
-    if tuple(frame) != generator.image_size:
-        raise SegmentError(
-            f"The model takes images of {tuple(frame)}, but the generator makes "
-            f"{generator.image_size}: create both with the same image_size."
-        )
+    _check_frame(model, generator)
     with _naming_the_file(generator):
         return np.asarray(model.predict(generator, verbose=verbose))
 
@@ -1016,8 +1039,7 @@ def save_model(
         SegmentError: If the name does not end in `.keras`, the file cannot be written, or the
             threshold is not between 0 and 1.
     """
-    if Path(path).suffix != ".keras":
-        raise SegmentError(f"{path} does not end in .keras: give the model file a name that does.")
+    _check_file_to_write(path, ".keras")
     record = model_record(model)
     if split is not None:
         record.split = _split_names(split)
@@ -1044,10 +1066,10 @@ def load_model(path: StrPath) -> keras.Model:
     Raises:
         SegmentError: If there is no such file, or it is not a whole, known model file.
     """
-    if not Path(path).is_file():
-        raise SegmentError(f"{path}: there is no such model file; give one that save_model wrote.")
-    if Path(path).suffix != ".keras" or not zipfile.is_zipfile(path):
-        raise SegmentError(f"{path}: not a .keras file, or cut short; give one of save_model's.")
+    what = "is a folder" if Path(path).is_dir() else "there is no such file"
+    _require(Path(path).is_file(), f"{path}: {what}; give a model file that save_model wrote.")
+    whole = Path(path).suffix == ".keras" and zipfile.is_zipfile(path)
+    _require(whole, f"{path}: not a .keras file, or cut short; give one that save_model wrote.")
     try:
         model = keras.saving.load_model(path, safe_mode=True)
         model.record = _read_record(path)
@@ -1075,7 +1097,12 @@ def _read_record(path: StrPath) -> ModelRecord:
             f"{path} was written by a newer version (format {fields['format']}, geometry "
             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py."
         )
-    return ModelRecord(**fields)
+    # Values of another type raise here rather than where they are used.
+    return ModelRecord(
+        split={part: [str(name) for name in names] for part, names in fields["split"].items()},
+        threshold=_check_threshold(float(fields["threshold"])),
+        history={name: list(map(float, curve)) for name, curve in fields["history"].items()},
+    )
 
 
 def _split_names(split: Sequence[Pairs]) -> dict[str, list[str]]:
@@ -1100,16 +1127,16 @@ def stored_test_split(
         SegmentError: If the model holds no test set, or part of it is not among the images.
     """
     names = model_record(model).split.get("test", [])
+    _require(bool(names), "The model file names no test set: score every image (with --all).")
     pairs = zip(map(str, image_paths), map(str, mask_paths), strict=True)
     found = {Path(image).name: (image, mask) for image, mask in pairs}
     missing = [name for name in names if name not in found]
-    if missing or not names:
-        what = f"{len(missing)} of its {len(names)} test images are" if names else "its test set is"
-        raise SegmentError(
-            f"This is not the folder that the model was trained on: {what} not among the "
-            f"{len(found)} images ({_shorten(missing) or 'it has none'}). Give that folder, or "
-            "score every image of this one (--all)."
-        )
+    _require(
+        not missing,
+        f"This is not the folder that the model was trained on: {len(missing)} of its {len(names)} "
+        f"test images are not among the {len(found)} images ({_shorten(missing)}). Give that "
+        "folder, or score every image of this one (with --all).",
+    )
     return _unzip([found[name] for name in names])
 
 
@@ -1120,13 +1147,26 @@ def image_ids_seen(model: keras.Model, image_paths: Sequence[StrPath]) -> list[s
     return [image_id(path) for path in image_paths if image_id(path) in seen]
 
 
+def _check_file_to_write(path: StrPath | None, suffix: str = "") -> None:
+    """Complains before the work, not after it; makes the folder."""
+    if path is None:
+        return
+    path = Path(path)
+    _require(path.name.endswith(suffix), f"{path} does not end in {suffix}: give a name that does.")
+    _require(not path.is_dir(), f"{path} is a folder: give the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SegmentError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
 @contextlib.contextmanager
 def _written_whole(path: StrPath) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place only when it is complete."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    _check_file_to_write(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except OSError as error:
@@ -1139,12 +1179,6 @@ def _written_whole(path: StrPath) -> Iterator[Path]:
 # ----------------------------------------------------------------------------------------------
 # 9. Results: every image at its own size, numbers first, then figures
 # ----------------------------------------------------------------------------------------------
-
-
-class ImageScores(Scores):
-    """The scores of one image, and which it is."""
-
-    id: str
 
 
 def restore_masks(
@@ -1182,21 +1216,20 @@ def _crop(frame: Array, size: Size) -> Array:
 
 def _check_predictions(generator: ImageGenerator, predictions: Array) -> None:
     expected = (len(generator.image_paths), *generator.image_size, 1)
-    if predictions.shape != expected:
-        raise SegmentError(
-            f"Predictions of shape {predictions.shape} do not belong to this generator, which "
-            f"gives {expected}: predict with it."
-        )
-    if generator.shuffle:
-        raise SegmentError(
-            "The predictions of a generator that shuffles cannot be told apart: create it with "
-            "shuffle=False."
-        )
+    _require(
+        predictions.shape == expected,
+        f"Predictions of shape {predictions.shape} do not belong to this generator, which gives "
+        f"{expected}: predict with it.",
+    )
+    _require(
+        not generator.shuffle,
+        "The predictions of a generator that shuffles cannot be told apart: use shuffle=False.",
+    )
 
 
 def _check_threshold(threshold: float) -> float:
-    if not 0 < threshold < 1:
-        raise SegmentError(f"threshold is {threshold}: expected a probability between 0 and 1.")
+    valid = 0 < threshold < 1
+    _require(valid, f"threshold is {threshold}: expected a probability between 0 and 1.")
     return threshold
 
 
@@ -1233,7 +1266,8 @@ def results(
     threshold: float = 0.5,
     history: Mapping[str, Sequence[float]] | None = None,
     output_dir: StrPath | None = None,
-) -> list[ImageScores]:
+    notes: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
     """Scores each prediction at its picture's own size; prints, draws and writes the outcome.
 
     Prints the summary and the worst images. Draws the first `num_imgs` images with target and
@@ -1247,19 +1281,23 @@ def results(
         threshold: Probability from which a pixel is lesion, in 0..1.
         history: `model_record(model).history`, for the learning curves.
         output_dir: Folder for `scores.csv` (a row an image, full precision), `summary.json`, the
-            figures as PNG, and the predicted masks under `masks/`.
+            figures as PNG (20 images each), and the predicted masks under `masks/`. Files of these
+            names are replaced, others stay.
+        notes: What else `summary.json` shall say.
 
     Returns:
-        The scores of each image in the order of the generator.
+        For each image, in the order of the generator, its `"id"` and the scores in `METRICS`.
 
     Raises:
         SegmentError: If there are no masks, one has not its image's size, the predictions do not
             belong to the generator, or a file cannot be written.
     """
     scores = _score_images(test_generator, predictions, threshold, output_dir)
-    print(_report(scores))
+    summary = {"threshold": threshold, **(notes or {}), **summarize(scores)}
+    print(_report(summary))
     if output_dir is not None:
-        _write_tables(scores, threshold, Path(output_dir))
+        _write_text(Path(output_dir) / "scores.csv", _table(scores))
+        _write_text(Path(output_dir) / "summary.json", json.dumps(summary, indent=1))
     figures = _figures(test_generator, predictions, scores, num_imgs, threshold, history)
     for name, figure in figures:
         if output_dir is not None:
@@ -1270,9 +1308,9 @@ def results(
 
 def _score_images(
     generator: ImageGenerator, predictions: Array, threshold: float, output_dir: StrPath | None
-) -> list[ImageScores]:
+) -> list[dict[str, Any]]:
     """Scores (and writes) one full-size mask after the other; never holds two."""
-    scores: list[ImageScores] = []
+    scores: list[dict[str, Any]] = []
     masks = restore_masks(generator, predictions, threshold=threshold)
     pairs = zip(generator.image_paths, _masks_of(generator), strict=True)
     for (image_path, mask_path), mask in zip(pairs, masks, strict=True):
@@ -1286,82 +1324,87 @@ def _score_images(
 
 def _masks_of(generator: ImageGenerator) -> list[str]:
     if generator.mask_paths is None:
-        raise SegmentError("Results need the masks of the images: save_masks works without them.")
+        raise SegmentError(
+            "To train and to score, the masks of the images are needed: create the generator with "
+            "mask_paths (predict and save_masks do without)."
+        )
     return generator.mask_paths
 
 
-def summarize(scores: Sequence[ImageScores]) -> dict[str, Any]:
+def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sums the scores of many images up, beyond their mean.
 
     Args:
         scores: What `results` returned, at least one image.
 
     Returns:
-        `{"images": count, "failures": images with a Jaccard below 0.65, "worst": ids by rising Dice
-        (ten at most)}` and for each metric `{"mean", "median", "std", "p10", "min"}`.
+        `{"images": count, "failures": images with a Jaccard below 0.65, "worst": {id: Dice} of the
+        ten lowest}` and for each metric `{"mean", "median", "std", "p10", "min"}`.
+
+    Raises:
+        SegmentError: If there is no score.
     """
+    _require(len(scores) > 0, "There are no scores to sum up: score at least one image.")
     summary: dict[str, Any] = {
         "images": len(scores),
         "failures": sum(score["jaccard"] < JACCARD_FAILURE for score in scores),
-        "worst": [scores[i]["id"] for i in _worst_first(scores)[:10]],
+        "worst": {scores[i]["id"]: scores[i]["dice"] for i in _worst_first(scores)[:10]},
     }
     for metric in METRICS:
-        values = np.array([score[metric] for score in scores])  # type: ignore[literal-required]
-        summary[metric] = {
-            "mean": float(values.mean()),
-            "median": float(np.median(values)),
-            "std": float(values.std()),
-            "p10": float(np.percentile(values, 10)),
-            "min": float(values.min()),
-        }
+        values = np.array([score[metric] for score in scores])
+        p10, median = np.percentile(values, (10, 50))
+        numbers = (values.mean(), median, values.std(), p10, values.min())
+        names = ("mean", "median", "std", "p10", "min")
+        summary[metric] = dict(zip(names, map(float, numbers), strict=True))
     return summary
 
 
-def _worst_first(scores: Sequence[ImageScores]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: scores[i]["dice"])
+def _worst_first(scores: Sequence[Mapping[str, Any]]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: float(scores[i]["dice"]))
 
 
-def _report(scores: Sequence[ImageScores]) -> str:
+def _report(summary: Mapping[str, Any]) -> str:
     """The printed summary: a table of the metrics, the failures, the worst images."""
-    summary = summarize(scores)
     columns = ("mean", "median", "p10", "min")
-    lines = [f"{len(scores)} images, each scored at its own size"]
+    lines = [f"{summary['images']} images, each scored at its own size"]
     lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in columns))
     for metric in METRICS:
         values = "".join(f"{summary[metric][column]:10.6f}" for column in columns)
         lines.append(f"{metric.replace('_', ' '):20}{values}")
-    share = summary["failures"] / len(scores)
+    share = summary["failures"] / summary["images"]
     lines.append(f"Jaccard below {JACCARD_FAILURE}: {summary['failures']} images ({share:.1%})")
     lines.append("Worst images by Dice:")
-    lines += [f"  {scores[i]['id']}  {scores[i]['dice']:.6f}" for i in _worst_first(scores)[:5]]
+    lines += [f"  {id_}  {dice:.6f}" for id_, dice in list(summary["worst"].items())[:5]]
     return "\n".join(lines)
 
 
-def _write_tables(scores: Sequence[ImageScores], threshold: float, output_dir: Path) -> None:
+def _table(scores: Sequence[Mapping[str, Any]]) -> str:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, ("id", *METRICS), lineterminator="\n")
     writer.writeheader()
     writer.writerows(scores)
-    summary = json.dumps({"threshold": threshold, **summarize(scores)}, indent=1)
-    for name, text in (("scores.csv", table.getvalue()), ("summary.json", summary)):
-        with _written_whole(output_dir / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    return table.getvalue()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _figures(
     generator: ImageGenerator,
     predictions: Array,
-    scores: Sequence[ImageScores],
+    scores: Sequence[Mapping[str, Any]],
     num_imgs: int,
     threshold: float,
     history: Mapping[str, Sequence[float]] | None,
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of `results` by file name; 20 images a figure, which its first one numbers."""
-    chosen = {"predictions": list(range(len(scores))), "worst": _worst_first(scores)}
-    for name, indices in chosen.items():
-        for start in range(0, min(num_imgs, len(scores)), 20):
-            page = indices[start : min(start + 20, num_imgs)]
-            yield name + f"_{start + 1}" * (num_imgs > 20), plot_predictions(
+    drawn = min(num_imgs, len(scores))
+    for name, indices in (("predictions", range(drawn)), ("worst", _worst_first(scores)[:drawn])):
+        for start in range(0, drawn, 20):
+            page = indices[start : start + 20]
+            yield name + f"_{start + 1}" * (drawn > 20), plot_predictions(
                 generator, predictions, scores, page, threshold=threshold, contours=name == "worst"
             )
     yield "histogram", plot_dice_histogram(scores)
@@ -1372,7 +1415,7 @@ def _figures(
 def plot_predictions(
     generator: ImageGenerator,
     predictions: Array,
-    scores: Sequence[ImageScores],
+    scores: Sequence[Mapping[str, Any]],
     indices: Sequence[int],
     *,
     threshold: float = 0.5,
@@ -1421,15 +1464,8 @@ def _draw_contours(axes: Axes, target: Array, prediction: Array) -> None:
         axes.plot([], [], color=color, label=name)
 
 
-def plot_dice_histogram(scores: Sequence[ImageScores]) -> Figure:
-    """Draws how the Dice coefficients of the images are distributed.
-
-    Args:
-        scores: What `results` returned.
-
-    Returns:
-        The figure, with mean and median marked.
-    """
+def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws how the Dice coefficients in `scores` (of `results`) are distributed, mean marked."""
     dice = np.array([score["dice"] for score in scores])
     figure, (axes,) = _subplots(1, 1, width=7, height=4)
     axes.hist(dice, bins=40, range=(0, 1), color="tab:blue", edgecolor="white")
@@ -1450,17 +1486,21 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
 
     Returns:
         The figure: a panel for each quantity, with training and validation curve.
+
+    Raises:
+        SegmentError: If there is none of these quantities.
     """
-    panels = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
-    panels = {name: title for name, title in panels.items() if f"val_{name}" in history}
-    scores = history[BEST] if BEST in history else -np.array(history["val_loss"])
-    best = int(np.argmax(scores)) + 1
+    titles = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
+    panels = [name for name in titles if history.get(name)]
+    _require(bool(panels), "The history holds no epoch: train the model first.")
     figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
-    for cell, (name, title) in zip(axes, panels.items(), strict=True):
+    best = int(np.argmax(_epoch_scores(history))) + 1
+    for cell, name in zip(axes, panels, strict=True):
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
-            cell.plot(range(1, len(history[key]) + 1), history[key], ".-", label=label)
+            curve = history.get(key, ())
+            cell.plot(range(1, len(curve) + 1), curve, ".-", label=label)
         cell.axvline(best, color="gray", ls="--", label=f"Best epoch ({best})")
-        cell.set(title=title, xlabel="Epoch")
+        cell.set(title=titles[name], xlabel="Epoch")
         cell.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend()
     return figure

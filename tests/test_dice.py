@@ -116,3 +116,7 @@ def test_masks_that_cannot_be_compared_are_refused() -> None:
         segment.score_masks(np.array([0.5, 1.0]), np.array([0, 1]))
     with pytest.raises(segment.SegmentError, match=r"shapes \(0,\) and \(0,\)"):
         segment.score_masks(np.zeros(0), np.zeros(0))
+
+
+def test_lists_are_scored_like_arrays() -> None:
+    assert segment.score_masks(CROSS, TOP)["dice"] == 2 / 8  # type: ignore[arg-type]

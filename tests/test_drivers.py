@@ -1,7 +1,9 @@
 """Both drivers: in process, and once as a person runs them."""
 
 import csv
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,11 +171,13 @@ def test_another_folder_is_scored_whole_only_with_all(
 
 
 def test_training_images_in_a_test_are_never_passed_over_in_silence(
-    train: Run, load: Run, capsys: pytest.CaptureFixture[str]
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train()
     assert load("--all") == 0
     assert "Warning: 9 of these images were used in training" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "loaded" / "summary.json").read_text())
+    assert (summary["images"], summary["images_used_in_training"]) == (12, 9)
 
 
 def test_a_subset_takes_the_first_pairs(train: Run, tmp_path: Path) -> None:
@@ -187,13 +191,11 @@ def test_bad_data_ends_in_a_sentence_and_status_2(
     train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert load() == 2
-    assert "model.keras: there is no such model file" in capsys.readouterr().err
+    assert "model.keras: there is no such file; give a model file" in capsys.readouterr().err
     assert train("--image-size", "30", "32") == 2
     assert "divisible by 16" in capsys.readouterr().err
-    assert train("--epochs", "0") == 2
-    assert "epochs is 0: expected 1 or more" in capsys.readouterr().err
-    assert train("--batch-size", "0") == 2
-    assert "batch_size is 0: expected 1 or more" in capsys.readouterr().err
+    assert train("--test-split", "1.5") == 2
+    assert "test_split is 1.5: expected a share" in capsys.readouterr().err
     (tmp_path / "data" / "images" / "ISIC_0000003.png").unlink()
     assert train() == 2
     assert "1 masks without an image (ISIC_0000003)" in capsys.readouterr().err
@@ -208,7 +210,7 @@ def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     assert train("--output", str(tmp_path / "file")) == 2
-    assert f"Error: {tmp_path / 'file'}: File exists; choose another" in capsys.readouterr().err
+    assert re.search(r"Error: \S+: cannot be written \((File|Not a)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,10 @@ def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(
     [
         (["--image-dir", "x"], "--image-dir and --mask-dir go together"),
         (["--save", "model.h5"], "ends in .keras"),
-        (["--seed", "-1"], "-1 is not a whole number"),
+        (["--seed", "-1"], "--seed: -1 is not a whole number from 0"),
+        (["--epochs", "0"], "--epochs: 0 is not a whole number from 1"),
+        (["--batch-size", "0"], "--batch-size: 0 is not a whole number from 1"),
+        (["--subset", "some"], "--subset: some is not a whole number from 1"),
         (["--image-size", "256"], "expected 2 arguments"),
     ],
 )
@@ -246,6 +251,72 @@ def test_ctrl_c_leaves_the_best_model_and_ends_with_130(
     assert "The best epoch so far is in" in capsys.readouterr().err
     model = segment.load_model(tmp_path / "trained" / "model.keras")
     assert len(segment.model_record(model).history["loss"]) == 1
+
+
+def test_ctrl_c_before_the_first_epoch_does_not_claim_a_model(
+    train: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train()
+    before = (tmp_path / "trained" / "model.keras").read_bytes()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment, "save_model", interrupt)
+    assert train() == 130
+    assert "best epoch" not in capsys.readouterr().err
+    assert (tmp_path / "trained" / "model.keras").read_bytes() == before
+
+
+def test_ctrl_c_and_a_missing_package_at_start_up_are_sentences_too(
+    load: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment, "describe_device", interrupt)
+    assert load() == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+    monkeypatch.setitem(sys.modules, "segment", None)
+    assert load() == 2
+    assert "pip install -r requirements.txt" in capsys.readouterr().err
+
+
+def test_everything_can_be_trained_on_and_nothing_validated_or_tested(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--val-split", "0", "--test-split", "0") == 0
+    printed = capsys.readouterr().out
+    assert "12 to train, 0 to validate, 0 to test on" in printed
+    assert "there is nothing to score" in printed
+    split = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras")).split
+    assert [len(split[part]) for part in ("train", "val", "test")] == [12, 0, 0]
+    assert not (tmp_path / "trained" / "scores.csv").exists()
+
+
+def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sample = ["--image-dir", "images/sample/input", "--mask-dir", "images/sample/truth"]
+    parse = driver_train_save_evaluate.parse_options
+    for options in (parse([]), parse(sample)):
+        assert (options.epochs, options.batch_size, options.image_size) == (30, 4, (128, 128))
+    elsewhere = parse(["--image-dir", "tests", "--mask-dir", "tests"])
+    assert (elsewhere.epochs, elsewhere.batch_size, elsewhere.image_size) == (60, 8, (256, 256))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_output_that_cannot_be_printed_is_a_sentence() -> None:
+    code = "import driver_load_evaluate as d, sys; sys.exit(d.run(lambda _: print('x'), None))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: what the driver prints cannot be written (No space left")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_help_comes_without_starting_tensorflow() -> None:

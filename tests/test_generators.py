@@ -1,5 +1,6 @@
 """Batches of images and masks."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,22 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path, make_pairs: 
     assert len(areas) > 10
 
 
+def test_geometry_turns_mirrors_scales_and_shifts_within_the_stated_ranges() -> None:
+    turns, scales, mirrored, shifts = [], [], [], []
+    for i in range(400):
+        a, b, c, d, e, f = segment._random_affine((100, 50), np.random.default_rng(i))
+        matrix = np.array([[a, b], [d, e]])
+        turns.append(math.atan2(b, e))
+        scales.append(abs(np.linalg.det(matrix)) ** -0.5)
+        mirrored.append(np.linalg.det(matrix) < 0)
+        # Where the old centre comes to lie: the solution of M (x, y) + (c, f) = (50, 25).
+        shifts.append(np.linalg.solve(matrix, np.subtract((50, 25), (c, f))) - (50, 25))
+    assert np.histogram(turns, bins=8, range=(-math.pi, math.pi))[0].min() > 20
+    assert (0.8 <= min(scales) < 0.83, 1.6 < max(scales) <= 1.67) == (True, True)
+    assert 0.4 < np.mean(mirrored) < 0.6
+    np.testing.assert_allclose(np.abs(shifts).max(axis=0), (12, 6), rtol=0.05)
+
+
 def test_colours_change_the_image_but_neither_the_padding_nor_the_mask() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     image[4:12] = 128
@@ -158,3 +175,13 @@ def test_senseless_arguments_are_refused() -> None:
         segment.create_generator(["a", "b"], ["c"])
     with pytest.raises(segment.SegmentError, match="batch_size is 0"):
         segment.create_generator(["a"], ["b"], batch_size=0)
+    with pytest.raises(segment.SegmentError, match="seed is -1"):
+        segment.create_generator(["a"], ["b"], seed=-1)
+    with pytest.raises(segment.SegmentError, match=r"image_size is \(64,\)"):
+        segment.create_generator(["a"], ["b"], image_size=(64,))  # type: ignore[arg-type]
+
+
+def test_paths_in_an_array_serve_as_well_as_in_a_list(make_pairs: MakePairs) -> None:
+    images, masks = make_pairs(3)
+    batches = segment.create_generator(np.array(images), np.array(masks), image_size=SIZE)  # type: ignore[arg-type]
+    assert images_of(batches) == images_of(generator((images, masks)))

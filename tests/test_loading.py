@@ -1,6 +1,7 @@
 """From a file to an array in the network's frame, and back."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ def test_a_mask_of_other_values_is_refused_and_they_are_named(
     ("name", "values", "dtype"),
     [
         ("a.jpg", (0, 1), np.uint8),
+        ("a.jpg", (2, 9, 16), np.uint8),
         ("a.png", (0, 100, 65535), np.uint16),
         ("a.tif", (0, 65536), np.int32),
         ("a.tif", (0, -1), np.int32),
@@ -205,3 +207,67 @@ def test_a_truncated_empty_or_missing_file_is_named(tmp_path: Path) -> None:
             segment.load_input_image(tmp_path / name)
     with pytest.raises(segment.SegmentError, match=r"none\.jpg: there is no such file"):
         segment.load_input_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (np.array([[0, 70000]], np.int32), r"int32 from 0 to 70000: expected 8 or 16 bits"),
+        (np.array([[-3, 9]], np.int32), r"int32 from -3 to 9"),
+        (np.array([[0, 0.5]], np.float32), r"float32 from 0 to 0\.5"),
+    ],
+)
+def test_grey_levels_of_unknown_range_are_no_photograph(
+    tmp_path: Path, levels: np.ndarray, message: str
+) -> None:
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    with pytest.raises(segment.SegmentError, match=rf"a\.tif: its grey levels are {message}"):
+        segment.load_input_image(tmp_path / "a.tif")
+
+
+def test_the_exif_orientation_turns_the_mask_as_well(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise by 90 degrees
+    Image.fromarray(np.array([[255, 0, 0], [0, 0, 0]], np.uint8)).save(
+        tmp_path / "a.png", exif=exif
+    )
+    mask = segment.load_segmented_image(tmp_path / "a.png", None)[..., 0]
+    np.testing.assert_array_equal(mask, [[0, 1], [0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("levels", [(0, 255), (8, 247)])
+def test_a_jpeg_mask_is_taken_only_if_next_to_nothing_lies_between(
+    tmp_path: Path, levels: tuple[int, int]
+) -> None:
+    halves: np.ndarray = np.full((64, 64), levels[0], np.uint8)
+    halves[:, 32:] = levels[1]
+    Image.fromarray(halves).save(tmp_path / "a.jpg", quality=100)
+    mask = segment.load_segmented_image(tmp_path / "a.jpg", None)[..., 0]
+    np.testing.assert_array_equal(mask, halves > 128)
+    halves[:8, :8] = 128
+    Image.fromarray(halves).save(tmp_path / "a.jpg", quality=100)
+    with pytest.raises(segment.SegmentError, match="expected a mask of 0 and 255"):
+        segment.load_segmented_image(tmp_path / "a.jpg", None)
+
+
+def test_putting_back_cuts_between_the_pixels_where_the_threshold_says(
+    make_pairs: MakePairs,
+) -> None:
+    images, _ = make_pairs(1, (64, 128))
+    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32)[:, None], (1, 64, 1, 1))
+    generator = segment.create_generator(images, image_size=(64, 64))
+    for threshold in (0.25, 0.6):
+        (mask,) = segment.restore_masks(generator, ramp, threshold=threshold)
+        # Interpolated twofold, the ramp reaches the threshold at this column to a quarter pixel.
+        assert abs((~mask[0]).sum() - 2 * (63 * threshold + 0.5)) <= 0.5
+        assert (mask == mask[0]).all()
+
+
+@pytest.mark.parametrize("image_size", [64, (64,), (-3, 5), (0, 64), (6.5, 64)])
+def test_a_frame_that_is_none_is_refused(make_pairs: MakePairs, image_size: Any) -> None:
+    images, masks = make_pairs(1)
+    for load, path in (
+        (segment.load_input_image, images[0]), (segment.load_segmented_image, masks[0])
+    ):  # fmt: skip
+        with pytest.raises(segment.SegmentError, match=r"image_size is .*expected \(height, width"):
+            load(path, image_size)

@@ -1,5 +1,6 @@
 """Finding the images and the mask of each."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,9 @@ def test_an_empty_folder_and_a_missing_one_are_named(tmp_path: Path) -> None:
         segment.find_image_pairs(touch(tmp_path / "empty"), tmp_path)
     with pytest.raises(segment.SegmentError, match=r"missing is not a folder"):
         segment.find_image_pairs(tmp_path / "missing", tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_it_reaches_a_table(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(segment.SegmentError, match=r"1 file names are not UTF-8 .*caf\\udce9"):
+        segment.find_image_pairs(tmp_path, tmp_path)

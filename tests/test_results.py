@@ -87,6 +87,9 @@ def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_pa
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["dice"]["mean"] == pytest.approx(np.mean([s["dice"] for s in scores]))
     assert (summary["images"], summary["threshold"]) == (5, 0.4)
+    ranked = sorted((s["dice"], s["id"]) for s in scores)
+    assert list(summary["worst"].items()) == [(id_, dice) for dice, id_ in ranked]
+    assert (tmp_path / "out" / "masks").is_dir()
 
 
 def test_masks_are_written_as_the_challenge_wants_them(
@@ -106,7 +109,7 @@ def test_masks_can_be_saved_without_ground_truth(make_pairs: MakePairs, tmp_path
     blind = segment.create_generator(generator.image_paths, image_size=FRAME)
     segment.save_masks(blind, predictions, tmp_path / "masks")
     assert len(list((tmp_path / "masks").iterdir())) == 2
-    with pytest.raises(segment.SegmentError, match="Results need the masks"):
+    with pytest.raises(segment.SegmentError, match="To train and to score, the masks"):
         segment.results(blind, predictions)
 
 
@@ -149,6 +152,68 @@ def test_as_many_images_are_drawn_as_asked_for(make_pairs: MakePairs, tmp_path: 
     assert heights[0] > 5 * heights[1]
 
 
+def test_a_single_page_of_figures_has_no_number(make_pairs: MakePairs, tmp_path: Path) -> None:
+    segment.results(*prepare(make_pairs, 2), num_imgs=99, output_dir=tmp_path)
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {"predictions.png", "worst.png", "histogram.png"}
+
+
+def test_the_worst_figure_shows_the_worst_and_its_outlines_in_their_colours(
+    make_pairs: MakePairs,
+) -> None:
+    generator, predictions = prepare(make_pairs)
+    scores = segment.results(generator, predictions)
+    figures = dict(segment._figures(generator, predictions, scores, 2, 0.5, None))
+    titles = [axes.get_title() for axes in figures["worst"].axes[::3]]
+    ranked = sorted((score["dice"], score["id"]) for score in scores)
+    assert titles == [id_ for _, id_ in ranked[:2]]
+    target, prediction = figures["worst"].axes[0].collections
+    colors = [np.asarray(c.get_edgecolor())[0, :3].tolist() for c in (target, prediction)]
+    assert colors == [[0, 1, 0], [1, 0, 1]]  # lime and magenta, as the legend has it
+    left = [np.asarray(c.get_paths()[0].vertices)[:, 0].min() for c in (target, prediction)]
+    assert left[0] < left[1]  # the predictions lack the lesion's left side
+    assert not figures["predictions"].axes[0].collections
+
+
+def test_statistics_are_those_of_numpy() -> None:
+    dice = [0.1, 0.5, 0.9, 0.7, 0.3, 0.8, 0.2, 0.6, 0.4, 1.0, 0.95]
+    scores = [{"id": str(i), **dict.fromkeys(segment.METRICS, d)} for i, d in enumerate(dice)]
+    summary = segment.summarize(scores)
+    assert summary["dice"] == pytest.approx(
+        {"mean": np.mean(dice), "median": 0.6, "std": np.std(dice), "p10": 0.2, "min": 0.1}
+    )
+    assert summary["failures"] == 6
+    assert list(summary["worst"].values()) == sorted(dice)[:10]
+    with pytest.raises(segment.SegmentError, match="at least one image"):
+        segment.summarize([])
+
+
+def test_every_step_cuts_where_the_threshold_says(make_pairs: MakePairs, tmp_path: Path) -> None:
+    generator, _ = prepare(make_pairs, 1)
+    predictions = 0.2 + 0.6 * np.tile(np.linspace(0, 1, 64)[:, None], (1, 64, 1, 1))
+    areas = []
+    for threshold in (0.35, 0.65):
+        (score,) = segment.results(
+            generator, predictions, threshold=threshold, output_dir=tmp_path
+        )  # fmt: skip
+        written = np.asarray(Image.open(tmp_path / "masks" / f"{score['id']}_segmentation.png"))
+        assert generator.mask_paths is not None
+        truth = segment.load_segmented_image(generator.mask_paths[0], None)[..., 0]
+        assert segment.score_masks(truth, written // 255)["dice"] == score["dice"]
+        figure = segment.plot_predictions(generator, predictions, [score], [0], threshold=threshold)
+        shown = np.asarray(figure.axes[2].images[0].get_array())
+        areas.append((written.mean() / 255, shown.mean()))
+    np.testing.assert_allclose(areas, [(0.75, 0.75), (0.25, 0.25)], atol=0.02)
+
+
+def test_a_mask_of_another_size_is_refused_when_scored(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    assert generator.mask_paths is not None
+    Image.new("L", (90, 120)).save(generator.mask_paths[1])
+    with pytest.raises(segment.SegmentError, match=r"_0000001\.png is 90 × 120 .* is 120 × 90"):
+        segment.results(generator, predictions)
+
+
 def test_no_images_drawn_is_fine_and_so_is_a_single_one(make_pairs: MakePairs) -> None:
     generator, predictions = prepare(make_pairs, 1)
     assert len(segment.results(generator, predictions, num_imgs=0)) == 1
@@ -178,6 +243,14 @@ def test_the_learning_curves_mark_the_best_epoch() -> None:
         assert list(np.asarray(best.get_xdata())) == [2, 2]
 
 
+def test_curves_without_validation_or_without_epochs() -> None:
+    figure = segment.plot_history({"loss": [3.0, 2, 1], "learning_rate": [1.0, 1, 1]})
+    assert [axes.get_title() for axes in figure.axes] == ["Loss"]
+    assert list(np.asarray(figure.axes[0].get_lines()[-1].get_xdata())) == [3, 3]
+    with pytest.raises(segment.SegmentError, match="holds no epoch"):
+        segment.plot_history({"loss": []})
+
+
 def test_two_empty_masks_score_one(make_pairs: MakePairs) -> None:
     generator, predictions = prepare(make_pairs, 1)
     assert generator.mask_paths is not None
@@ -193,7 +266,7 @@ def test_what_does_not_belong_together_is_refused(make_pairs: MakePairs) -> None
     with pytest.raises(segment.SegmentError, match=r"threshold is 0: expected"):
         segment.results(generator, predictions, threshold=0)
     generator.shuffle = True
-    with pytest.raises(segment.SegmentError, match="create it with shuffle=False"):
+    with pytest.raises(segment.SegmentError, match="use shuffle=False"):
         segment.results(generator, predictions)
 
 

@@ -80,7 +80,7 @@ def test_the_stored_test_set_is_found_again_and_its_order_kept() -> None:
 
 def test_another_folder_is_not_taken_for_the_test_set() -> None:
     model = small_model()
-    with pytest.raises(segment.SegmentError, match=r"its test set is not among the 1 images"):
+    with pytest.raises(segment.SegmentError, match="names no test set: score every image"):
         segment.stored_test_split(model, ["a.jpg"], ["a.png"])
     segment.model_record(model).split = {"test": ["a.jpg", "e.jpg"]}
     with pytest.raises(segment.SegmentError, match=r"1 of its 2 test images are .*\(e\.jpg\)"):
@@ -107,13 +107,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 def test_a_name_without_keras_and_an_odd_threshold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(segment.SegmentError, match=r"m\.h5 does not end in \.keras"):
         segment.save_model(small_model(), tmp_path / "m.h5")
+    (tmp_path / "folder.keras").mkdir()
+    with pytest.raises(segment.SegmentError, match=r"folder\.keras is a folder"):
+        segment.save_model(small_model(), tmp_path / "folder.keras")
     with pytest.raises(segment.SegmentError, match=r"threshold is 1\.5"):
         segment.save_model(small_model(), tmp_path / "m.keras", threshold=1.5)
 
 
 def test_a_missing_a_cut_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(segment.SegmentError, match="there is no such model file"):
+    with pytest.raises(segment.SegmentError, match="there is no such file; give a model file"):
         segment.load_model(tmp_path / "none.keras")
+    with pytest.raises(segment.SegmentError, match="is a folder; give a model file"):
+        segment.load_model(tmp_path)
     segment.save_model(small_model(), tmp_path / "m.keras")
     content = (tmp_path / "m.keras").read_bytes()
     (tmp_path / "cut.keras").write_bytes(content[: len(content) // 2])
@@ -152,3 +157,21 @@ def test_a_plain_keras_file_gets_an_empty_record(tmp_path: Path) -> None:
     small_model().save(tmp_path / "m.keras")
     record = segment.model_record(segment.load_model(tmp_path / "m.keras"))
     assert record == segment.ModelRecord()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", "high"), ("threshold", 7), ("threshold", None), ("split", ["a.jpg"]),
+        ("split", {"test": 3}), ("history", {"loss": ["low"]}), ("format", "one"),
+    ],
+)  # fmt: skip
+def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    record = {"format": 1, "geometry": "letterbox", "threshold": 0.5, "split": {}, "history": {}}
+    small_model().save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
+        archive.writestr("segment.json", json.dumps({**record, field: value}))
+    with pytest.raises(segment.SegmentError, match=r"m\.keras: not a whole|threshold is 7"):
+        segment.load_model(tmp_path / "m.keras")

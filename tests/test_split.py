@@ -51,3 +51,8 @@ def test_impossible_splits_are_refused() -> None:
         segment.train_val_test_split(IMAGES, MASKS, val_split=1.5)
     with pytest.raises(segment.SegmentError, match="2 pairs are too few"):
         segment.train_val_test_split(IMAGES[:2], MASKS[:2])
+
+
+def test_a_seed_that_is_none_is_refused() -> None:
+    with pytest.raises(segment.SegmentError, match="seed is -1: expected"):
+        segment.train_val_test_split(["a", "b"], ["c", "d"], seed=-1)

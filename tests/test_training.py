@@ -16,6 +16,7 @@ SIZE = (32, 32)
 
 pytestmark = pytest.mark.usefixtures("eager")
 
+
 def generators(make_pairs: MakePairs) -> tuple[segment.ImageGenerator, segment.ImageGenerator]:
     images, masks = make_pairs(6)
     options: dict[str, Any] = {"image_size": SIZE, "batch_size": 2}
@@ -103,8 +104,7 @@ def test_going_on_never_makes_the_model_worse(make_pairs: MakePairs, tmp_path: P
 def test_the_same_seed_trains_the_same_model(make_pairs: MakePairs) -> None:
     train, val = generators(make_pairs)
     losses = [
-        segment.train_model(new_model(), train, val, 2, verbose=0).history["loss"]
-        for _ in range(2)
+        segment.train_model(new_model(), train, val, 2, verbose=0).history["loss"] for _ in range(2)
     ]
     assert losses[0] == losses[1]
 
@@ -175,10 +175,14 @@ def test_an_interruption_leaves_the_best_epoch_in_the_file(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(segment._BestEpoch, "on_epoch_end", interrupt)
+    model = new_model()
     with pytest.raises(KeyboardInterrupt):
-        segment.train_model(new_model(), train, val, 5, save_path=tmp_path / "a.keras", verbose=0)
+        segment.train_model(model, train, val, 5, save_path=tmp_path / "a.keras", verbose=0)
+    best = segment.model_record(model).history
+    assert len(best["loss"]) == 2
     history = segment.model_record(segment.load_model(tmp_path / "a.keras")).history
-    assert len(history["loss"]) in (1, 2)
+    dice = best["val_dice_coefficient"]
+    assert history == {name: curve[: 1 + dice.index(max(dice))] for name, curve in best.items()}
 
 
 def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
@@ -187,8 +191,71 @@ def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs
         segment.train_model(new_model(), train, val, 0)
     with pytest.raises(segment.SegmentError, match="learning_rate is -1: expected"):
         segment.train_model(new_model(), train, val, 1, learning_rate=-1)
+    small = segment.create_model((16, 16), num_filters=1)
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
-        segment.predict(segment.create_model((16, 16), num_filters=1), val)
+        segment.predict(small, val)
+    with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
+        segment.train_model(small, train, val, 1)
+    blind = segment.create_generator(train.image_paths, image_size=SIZE)
+    with pytest.raises(segment.SegmentError, match="To train and to score, the masks"):
+        segment.train_model(new_model(), blind, val, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_path": "model.h5"}, r"model\.h5 does not end in \.keras"),
+        ({"save_path": "file/model.keras"}, r"model\.keras: cannot be written \(File exists|Not a"),
+        ({"log_path": "."}, "is a folder: give the name of a file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_first_epoch(
+    make_pairs: MakePairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str],
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    model = new_model()
+    with pytest.raises(segment.SegmentError, match=message):
+        segment.train_model(model, *generators(make_pairs), 1, **options)  # type: ignore[arg-type]
+    assert not segment.model_record(model).history
+
+
+def test_a_schedule_of_the_optimizer_is_not_overruled_in_silence(make_pairs: MakePairs) -> None:
+    model = new_model()
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9)
+    model.compile(keras.optimizers.Adam(schedule), loss=segment.dice_loss)
+    with pytest.raises(segment.SegmentError, match="schedule of its own: give it a plain rate"):
+        segment.train_model(model, *generators(make_pairs), 1)
+
+
+def test_without_validation_the_last_epoch_is_the_model(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    train, _ = generators(make_pairs)
+    model, path = new_model(), tmp_path / "a.keras"
+    history = segment.train_model(model, train, None, 3, save_path=path, verbose=0).history
+    assert set(history) == {"loss", "accuracy", "dice_coefficient", "learning_rate"}
+    saved = segment.load_model(path)
+    assert segment.model_record(saved).history == history
+    for here, there in zip(model.get_weights(), saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(here, there)
+    segment.train_model(saved, train, None, 1, save_path=path, verbose=0)
+    assert len(segment.model_record(segment.load_model(path)).history["loss"]) == 4
+
+
+def test_going_on_without_the_metric_still_counts_the_earlier_epochs(make_pairs: MakePairs) -> None:
+    train, val = generators(make_pairs)
+    model = new_model()
+    model.compile("adam", loss="binary_crossentropy")
+    segment.train_model(model, train, val, 2, learning_rate=0.01, verbose=0)
+    best = min(segment.model_record(model).history["val_loss"])
+    model.optimizer.iterations.assign(0)
+    segment.train_model(model, train, val, 1, learning_rate=100.0, verbose=0)
+    assert model.evaluate(val, verbose=0) <= best + 1e-6
 
 
 def test_a_model_compiled_by_hand_keeps_the_epoch_of_the_lowest_loss(make_pairs: MakePairs) -> None:
