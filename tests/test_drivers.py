@@ -1,6 +1,7 @@
 """Both drivers: in process, and once as a person runs them."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -23,9 +24,13 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def train(make_pairs: MakePairs, tmp_path: Path, eager: None) -> Run:
-    """Runs the train driver for an epoch on 12 small pairs, with further options."""
+def train(
+    make_pairs: MakePairs, tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """Runs the train driver for an epoch on 12 small pairs and a thin network."""
     make_pairs(12)
+    thin = functools.partial(segment.create_model, num_filters=2)
+    monkeypatch.setattr(segment, "create_model", thin)
 
     def run(*options: str) -> int:
         return driver_train_save_evaluate.main(
