@@ -1,7 +1,8 @@
-"""Loads a trained UNet and evaluates it on the test set that was put aside when it was trained.
+"""Loads a trained UNet and segments images with it, scored where there are masks.
 
-The model file knows that test set, so give the folders that it was trained on; to score another
-folder whole, add --all. Without folders it runs on the synthetic sample in images/sample.
+With MODEL it scores the test set that the model file names (give the folders that it was trained
+on), or with --all every pair. Without MODEL the trained model that comes along segments and scores
+all images; without --mask-dir they are segmented only. Without folders: the synthetic sample.
 """
 
 import argparse
@@ -17,10 +18,14 @@ SAMPLE = Path(__file__).parent / "images" / "sample"
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("model", metavar="MODEL", help="the .keras file that the training saved")
+    add("model", nargs="?", metavar="MODEL",
+        help="a .keras file that the training saved (default: the trained model in the box)")
     add("--all", action="store_true",
         help="score every pair of the folder, not only the test set that was put aside")
-    return parse_common_options(parser, arguments, output="evaluation")
+    options = parse_common_options(parser, arguments, output="evaluation")
+    if options.mask_dir is None and options.model is not None and not options.all:
+        parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
+    return options
 
 
 def load_evaluate(options: argparse.Namespace) -> None:
@@ -29,8 +34,11 @@ def load_evaluate(options: argparse.Namespace) -> None:
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks
-    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
-    print(f"{len(image_paths)} pairs in {options.image_dir}")
+    if options.mask_dir is None:
+        image_paths, mask_paths = segment.find_images(options.image_dir), None
+    else:
+        image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    print(f"{len(image_paths)} images in {options.image_dir}")
 
     if options.inspect:
         # 2. Inspect the sizes of the images
@@ -41,27 +49,32 @@ def load_evaluate(options: argparse.Namespace) -> None:
         segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
 
     # 4. Load the trained model, and with it the names of its test set
-    model = segment.load_model(options.model)
-    seen = segment.image_ids_seen(model, image_paths[: options.subset]) if options.all else []
+    model = segment.load_model(options.model or segment.PRETRAINED)
+    seen: list[str] = []
+    if mask_paths is not None and options.model is not None and not options.all:
+        image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
+        print(f"Evaluating the {len(image_paths)} test images put aside in training")
+    elif mask_paths is not None:
+        seen = segment.image_ids_seen(model, image_paths[: options.subset])
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
               "scores do not count as a test.", file=sys.stderr)
-    if not options.all:
-        image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
-        print(f"Evaluating the {len(image_paths)} test images put aside in training")
 
     # 5. Predict the test set
     test_generator = segment.create_generator(
-        image_paths[: options.subset], mask_paths[: options.subset],
+        image_paths[: options.subset], mask_paths and mask_paths[: options.subset],
         image_size=model.input_shape[1:3], batch_size=options.batch_size,
     )
-    predictions = segment.predict(model, test_generator)
+    predictions = segment.predict(
+        model, test_generator, mirror=options.mirror, one_region=options.one_region
+    )
 
     # 6. Show the results
     record = segment.model_record(model)
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
                     threshold=record.threshold, history=record.history, output_dir=output,
-                    notes={"model": options.model, "images_used_in_training": len(seen)})
+                    notes={"model": str(options.model or segment.PRETRAINED.name),
+                           "images_used_in_training": len(seen)})
     print(f"Scores, figures and masks are in {output}")
 
 
@@ -74,18 +87,22 @@ def parse_common_options(
     """Adds the options that both drivers have, and parses all of them."""
     add = parser.add_argument_group("data").add_argument
     add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
-    add("--mask-dir", metavar="DIR", help="folder of their masks (default: the sample)")
+    add("--mask-dir", metavar="DIR", help="folder of their masks (default: that of the sample)")
     add("--subset", type=positive, metavar="N", help="use the first N pairs (or test images) only")
     add("--batch-size", type=positive, metavar="N", help="images a batch (default: 8; sample: 4)")
     add("--inspect", action="store_true", help="count and plot the sizes of the images")
     add = parser.add_argument_group("results").add_argument
+    add("--mirror", action=argparse.BooleanOptionalAction, default=True,
+        help="predict the mean of the four mirrorings of each image (default: yes)")
+    add("--one-region", action=argparse.BooleanOptionalAction, default=True,
+        help="keep one region of each mask and fill its holes (default: yes)")
     add("--output", default=output, metavar="DIR",
         help="folder for everything that is written (default: %(default)s)")
     add("--num-imgs", type=natural, default=4, metavar="N",
         help="test images to draw, and as many of the worst (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if (options.image_dir is None) != (options.mask_dir is None):
-        parser.error("--image-dir and --mask-dir go together: give both, or none for the sample")
+    if options.image_dir is None and options.mask_dir is not None:
+        parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
     if options.image_dir is None:
         options.image_dir, options.mask_dir = str(SAMPLE / "input"), str(SAMPLE / "truth")
     options.on_sample = Path(options.image_dir).resolve() == (SAMPLE / "input").resolve()

@@ -42,23 +42,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps
+from scipy import ndimage, stats
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 __all__ = [  # noqa: RUF022, by the alphabet
-    "create_generator", "create_model", "describe_device", "dice_coefficient", "dice_loss",
-    "find_image_pairs", "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator", "inspect",
-    "letterbox", "load_input_image", "load_model", "load_segmented_image", "METRICS",
-    "model_record", "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes",
-    "plot_predictions", "predict", "restore_masks", "results", "save_figure", "save_masks",
-    "save_model", "score_masks", "SegmentError", "stored_test_split", "summarize", "train_model",
-    "train_val_test_split",
+    "choose_threshold", "create_generator", "create_model", "describe_device", "dice_coefficient",
+    "dice_cross_entropy_loss", "dice_loss", "estimate_dice", "find_image_pairs", "find_images",
+    "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator", "inspect", "letterbox",
+    "load_input_image", "load_model", "load_segmented_image", "METRICS", "model_record",
+    "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes", "plot_predictions",
+    "predict", "restore_masks", "results", "save_figure", "save_masks", "save_model", "score_masks",
+    "SegmentError", "stored_test_split", "summarize", "train_model", "train_val_test_split",
 ]
 
 IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
+PRETRAINED = Path(__file__).with_name("pretrained.keras")  # what load_model takes by default
+REPORTED = ("mean", "median", "p10", "min")  # what results prints of each score
 BEST = "val_dice_coefficient"  # what the best epoch is best in
 
 Size = tuple[int, int]
@@ -135,6 +139,26 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
         )
     ids = sorted(images)
     return [images[id_] for id_ in ids], [masks[id_] for id_ in ids]
+
+
+def find_images(image_dir: StrPath) -> list[str]:
+    """Finds the images of a folder, to predict them without masks.
+
+    Args:
+        image_dir: Folder of the images. Superpixels, masks (names in `_segmentation`), other files
+            and hidden ones are passed over.
+
+    Returns:
+        The paths, in the order of the names.
+
+    Raises:
+        SegmentError: If the folder is missing or holds no image, or if an id occurs twice.
+    """
+    paths = [path for path in _list_images(image_dir) if not _is_mask(path)]
+    ids = _repeated(paths)
+    _require(bool(paths), f"{image_dir} holds masks alone: give the folder of the images.")
+    _require(not ids, f"{image_dir} holds several images of one id ({_shorten(ids)}): rename them.")
+    return paths
 
 
 def _list_images(folder: StrPath) -> list[str]:
@@ -448,8 +472,8 @@ def create_generator(
         image_size: `(height, width)` of the network's frame.
         batch_size: Images a batch; the last batch may be shorter.
         shuffle: Whether each epoch draws a new order of the images.
-        augment: Whether images and masks are mirrored, turned, scaled and shifted together, and
-            the images alone changed in colour and gamma.
+        augment: Whether images and masks are mirrored, turned, zoomed, stretched and shifted
+            together, and the images alone changed in colour, gamma, contrast and sharpness.
         seed: With the epoch it determines order and augmentation, whatever else draws numbers.
         workers: Threads that load batches.
 
@@ -551,40 +575,46 @@ def _augment(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array
     """
     size = (image.shape[1], image.shape[0])
     affine = _random_affine(size, rng)
-    moved = [
+    picture, target = (
         Image.fromarray(array).transform(
             size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
         )
         for array in (image, mask[..., 0] * 255)
-    ]
-    colored = np.asarray(moved[0].point(_random_colors(rng)))
-    return colored, (np.asarray(moved[1]) >= 128).astype(np.uint8)[..., None]
+    )
+    picture = picture.point(_random_colors(rng))
+    if rng.random() < 0.2:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+    return np.asarray(picture), (np.asarray(target) >= 128).astype(np.uint8)[..., None]
 
 
 def _random_affine(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, ...]:
-    """Any angle, mirrored or not, scaled by 0.8 to 1.67, shifted by up to 12 % of the frame.
+    """Upright or at any angle, mirrored or not, stretched by up to 12 %, zoomed by 0.75 to 2.2.
 
-    `(a, b, c, d, e, f)` as Pillow has it: `(x, y)` shows what was at `(ax + by + c, dx + ey + f)`.
+    The more it zooms in, the further from the centre it may look. `(a, b, c, d, e, f)` as Pillow
+    has it: `(x, y)` shows what was at `(ax + by + c, dx + ey + f)`.
     """
-    angle = rng.uniform(0, 2 * math.pi)
-    scale = math.exp(rng.uniform(math.log(0.8), math.log(1.67)))
+    angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.7 else 0.0
+    zoom = math.exp(rng.uniform(math.log(0.75), math.log(2.2))) if rng.random() < 0.75 else 1.0
+    stretch = math.exp(rng.uniform(-0.12, 0.12))
     mirror = rng.choice((-1, 1))
-    a, b = mirror * math.cos(angle) / scale, mirror * math.sin(angle) / scale
-    d, e = -math.sin(angle) / scale, math.cos(angle) / scale
+    a, b = (mirror * part * stretch / zoom for part in (math.cos(angle), math.sin(angle)))
+    d, e = (part / stretch / zoom for part in (-math.sin(angle), math.cos(angle)))
     center = np.array(size) / 2
-    x, y = center + rng.uniform(-0.12, 0.12, 2) * size  # where the old centre comes to lie
+    reach = 0.06 + 0.2 * max(0.0, zoom - 1)
+    x, y = center + rng.uniform(-reach, reach, 2) * size  # where the old centre comes to lie
     return a, b, center[0] - a * x - b * y, d, e, center[1] - d * x - e * y
 
 
 def _random_colors(rng: np.random.Generator) -> list[int]:
-    """A table of 3 x 256 new levels: gains of up to 15 % a channel, gamma of 0.8 to 1.25.
+    """A table of 3 x 256 new levels: other light, other tint, gamma of 0.7 to 1.4, contrast.
 
     Black stays black, and with it the padding.
     """
-    gains = rng.uniform(0.85, 1.15, (3, 1))
-    gamma = math.exp(rng.uniform(math.log(0.8), math.log(1.25)))
-    table = gains * 255 * np.linspace(0, 1, 256) ** gamma
-    return [int(level) for level in table.clip(0, 255).round().ravel()]
+    gains = rng.uniform(0.85, 1.15) * rng.uniform(0.85, 1.15, (3, 1))
+    gamma = math.exp(rng.uniform(math.log(0.7), math.log(1.4)))
+    table = gains * np.linspace(0, 1, 256) ** gamma
+    table[:, 1:] += rng.uniform(-0.2, 0.2) * (table[:, 1:] - table.mean())
+    return [int(level) for level in (255 * table).clip(0, 255).round().ravel()]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -729,6 +759,24 @@ def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
     return 1 - (2 * intersection + 1) / (total + 1)
 
 
+@keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
+def dice_cross_entropy_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    """Soft Dice loss plus the mean binary cross-entropy of each image.
+
+    Dice alone drives probabilities to 0 and 1; cross-entropy keeps them honest.
+
+    Args:
+        y_true: Masks in {0, 1}, `(N, height, width, 1)`.
+        y_pred: Probabilities in 0..1, of the same shape.
+
+    Returns:
+        `float32 (N,)`, 0 or more.
+    """
+    target, lesion = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
+    entropy = ops.mean(ops.binary_crossentropy(target, lesion), axis=(1, 2, 3))
+    return dice_loss(y_true, y_pred) + entropy
+
+
 def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection and sum of the two areas, `float32 (N,)` in pixels."""
     y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
@@ -799,8 +847,8 @@ def train_model(
 ) -> keras.callbacks.History:
     """Trains a new model, or goes on with one that was trained before.
 
-    A model that is not compiled gets the soft Dice loss, Adam, and accuracy and Dice as metrics. A
-    loaded one keeps its optimizer, and its epochs are counted on. The learning rate falls along a
+    A model that is not compiled gets Adam, `dice_cross_entropy_loss`, accuracy and Dice. A loaded
+    one keeps its optimizer, and its epochs are counted on. The learning rate falls along a
     half cosine, from `learning_rate` in epoch 0 to nearly 0 in the last; a model with epochs behind
     it enters the curve there. In the end, and also if training was interrupted after an epoch, the
     model is that of the best epoch, optimizer included: the one with the highest validation Dice
@@ -878,7 +926,7 @@ def _compile(model: keras.Model) -> None:
         return
     model.compile(
         optimizer=keras.optimizers.Adam(),
-        loss=dice_loss,
+        loss=dice_cross_entropy_loss,
         metrics=[keras.metrics.BinaryAccuracy(name="accuracy"), dice_coefficient],
     )
 
@@ -958,12 +1006,22 @@ def _naming_the_file(*generators: Any) -> Iterator[None]:
         raise
 
 
-def predict(model: keras.Model, generator: ImageGenerator, *, verbose: str | int = "auto") -> Array:
+def predict(
+    model: keras.Model,
+    generator: ImageGenerator,
+    *,
+    mirror: bool = True,
+    one_region: bool = True,
+    verbose: str | int = "auto",
+) -> Array:
     """Predicts every image of a generator that does not shuffle.
 
     Args:
         model: A trained model.
         generator: The images; masks are not looked at.
+        mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
+        one_region: Whether to keep the region with the most lesion in it alone and to fill its
+            holes, as ISIC masks are one region without holes.
         verbose: Progress display, as in `keras.Model.predict`.
 
     Returns:
@@ -975,7 +1033,77 @@ def predict(model: keras.Model, generator: ImageGenerator, *, verbose: str | int
     """
     _check_frame(model, generator)
     with _naming_the_file(generator):
-        return np.asarray(model.predict(generator, verbose=verbose))
+        network = _mirrored(model) if mirror else model
+        predictions = np.asarray(network.predict(generator, verbose=verbose))
+    if one_region:
+        for prediction in predictions:
+            prediction[..., 0] = _one_region(prediction[..., 0], model_record(model).threshold)
+    return predictions
+
+
+def _mirrored(model: keras.Model) -> keras.Model:
+    """The mean of what a model says of an image upright, mirrored, upside down and both."""
+    mirrorings = ((), (2,), (1,), (1, 2))
+    image = keras.Input(model.input_shape[1:])
+    lesion = model(ops.concatenate([ops.flip(image, axes) for axes in mirrorings]))
+    lesion = ops.reshape(lesion, (len(mirrorings), -1, *model.output_shape[1:]))
+    views = [ops.flip(lesion[i], axes) for i, axes in enumerate(mirrorings)]
+    return keras.Model(image, sum(views) / len(views))
+
+
+def _one_region(lesion: Array, threshold: float) -> Array:
+    """Probabilities `(H, W)`, pushed below the threshold outside the weightiest region."""
+    inside = lesion >= threshold
+    regions, count = ndimage.label(inside)
+    weights = ndimage.sum_labels(lesion, regions, range(1, count + 1))
+    kept = regions == 1 + np.argmax(weights) if count else inside
+    holes = ndimage.binary_fill_holes(kept) & ~kept
+    lesion = np.where(kept, lesion, np.minimum(lesion, 0.999 * threshold))
+    return np.where(holes, np.maximum(lesion, min(1.001 * threshold, 1)), lesion)
+
+
+def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
+    """Chooses the threshold that gives the highest mean Dice, for `save_model`.
+
+    Args:
+        generator: Images and masks that the model was not trained on, not shuffled.
+        predictions: Lesion probabilities `(images, height, width, 1)`.
+
+    Returns:
+        A threshold of 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
+
+    Raises:
+        SegmentError: If there are no masks, or the predictions do not belong to the generator.
+    """
+    _check_predictions(generator, predictions)
+    _masks_of(generator)
+    truth = np.concatenate([generator[i][1] for i in range(len(generator))])
+
+    def mean_dice(threshold: float) -> float:
+        cut = (predictions >= threshold).astype("float32")
+        return float(np.mean(ops.convert_to_numpy(dice_coefficient(truth, cut))))
+
+    return max((0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7), key=mean_dice)
+
+
+def estimate_dice(predictions: Array, *, threshold: float = 0.5) -> NDArray[np.float64]:
+    """Estimates the Dice coefficient of each image without knowing its mask.
+
+    It is the soft Dice between the predicted mask and the probabilities behind it: what overlap to
+    expect if each pixel is lesion as often as predicted. Where the mirrorings of an image disagree
+    its probabilities are undecided, and the estimate is low.
+
+    Args:
+        predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them.
+        threshold: Probability from which a pixel is lesion, in 0..1.
+
+    Returns:
+        `float64 (images,)` in 0..1.
+    """
+    lesion = predictions.reshape(len(predictions), -1).astype(np.float64)
+    mask = lesion >= threshold
+    expected: Array = 2 * (lesion * mask).sum(1) / np.maximum((lesion + mask).sum(1), 1e-9)
+    return expected
 
 
 def describe_device() -> str:
@@ -1026,6 +1154,7 @@ def save_model(
     *,
     split: Sequence[Pairs] | None = None,
     threshold: float | None = None,
+    optimizer: bool = True,
 ) -> None:
     """Saves a model in one `.keras` file, whole or not at all.
 
@@ -1034,6 +1163,8 @@ def save_model(
         path: A file name that ends in `.keras`; folders are made, a file there is replaced.
         split: `(train, val, test)` as `train_val_test_split` returned it; as before if `None`.
         threshold: Probability from which a pixel is lesion; as before if `None`.
+        optimizer: Whether to save the optimizer with it, for further training. Without, the file
+            is a third as large and predicts in float32.
 
     Raises:
         SegmentError: If the name does not end in `.keras`, the file cannot be written, or the
@@ -1046,13 +1177,21 @@ def save_model(
     if threshold is not None:
         record.threshold = _check_threshold(threshold)
     with _written_whole(path) as temporary:
-        model.save(temporary)
+        (model if optimizer else _bare(model)).save(temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(RECORD_MEMBER, json.dumps(dataclasses.asdict(record), indent=1))
 
 
-def load_model(path: StrPath) -> keras.Model:
-    """Loads a model that `save_model` wrote.
+def _bare(model: keras.Model) -> keras.Model:
+    """A copy without optimizer, its layers in float32."""
+    config = json.dumps(model.get_config()).replace("mixed_bfloat16", "float32")
+    bare = keras.Model.from_config(json.loads(config))
+    bare.set_weights(model.get_weights())
+    return bare
+
+
+def load_model(path: StrPath = PRETRAINED) -> keras.Model:
+    """Loads a model that `save_model` wrote; without a path the trained one that comes along.
 
     Nothing that the file holds is executed (Keras' safe mode).
 
@@ -1209,7 +1348,7 @@ def restore_masks(
 
 
 def _crop(frame: Array, size: Size) -> Array:
-    """The part of a frame `(H, W, C)` in which a picture of `size` lies."""
+    """The part of a frame `(H, W, ...)` in which a picture of `size` lies."""
     top, left, height, width = letterbox(size, (frame.shape[0], frame.shape[1]))
     return frame[top : top + height, left : left + width]
 
@@ -1273,9 +1412,10 @@ def results(
     Prints the summary and the worst images. Draws the first `num_imgs` images with target and
     prediction, the `num_imgs` worst ones with both contours, the histogram of Dice, and the
     learning curves. A notebook shows these figures; a script gets them through `output_dir`.
+    Images without masks are estimated instead of scored, and all of them outlined in `overlays/`.
 
     Args:
-        test_generator: The images and masks, not shuffled.
+        test_generator: The images, not shuffled, with their masks or without.
         predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them.
         num_imgs: How many images to draw in each of the two forms.
         threshold: Probability from which a pixel is lesion, in 0..1.
@@ -1286,11 +1426,12 @@ def results(
         notes: What else `summary.json` shall say.
 
     Returns:
-        For each image, in the order of the generator, its `"id"` and the scores in `METRICS`.
+        For each image, in the order of the generator, its `"id"`, the scores in `METRICS` (with a
+        mask) and `"estimated_dice"`.
 
     Raises:
-        SegmentError: If there are no masks, one has not its image's size, the predictions do not
-            belong to the generator, or a file cannot be written.
+        SegmentError: If a mask has not its image's size, the predictions do not belong to the
+            generator, or a file cannot be written.
     """
     scores = _score_images(test_generator, predictions, threshold, output_dir)
     summary = {"threshold": threshold, **(notes or {}), **summarize(scores)}
@@ -1311,22 +1452,36 @@ def _score_images(
 ) -> list[dict[str, Any]]:
     """Scores (and writes) one full-size mask after the other; never holds two."""
     scores: list[dict[str, Any]] = []
-    masks = restore_masks(generator, predictions, threshold=threshold)
-    pairs = zip(generator.image_paths, _masks_of(generator), strict=True)
-    for (image_path, mask_path), mask in zip(pairs, masks, strict=True):
-        _check_same_size(image_path, mask_path)
-        truth = load_segmented_image(mask_path, None)[..., 0]
-        scores.append({"id": image_id(image_path), **score_masks(truth, mask)})
+    estimates = estimate_dice(predictions, threshold=threshold)
+    for i, mask in enumerate(restore_masks(generator, predictions, threshold=threshold)):
+        image_path = generator.image_paths[i]
+        scores.append({"id": image_id(image_path)})
+        if generator.mask_paths is not None:
+            _check_same_size(image_path, generator.mask_paths[i])
+            truth = load_segmented_image(generator.mask_paths[i], None)[..., 0]
+            scores[-1].update(score_masks(truth, mask))
+        scores[-1]["estimated_dice"] = float(estimates[i])
         if output_dir is not None:
             _write_mask(mask, image_path, Path(output_dir) / "masks")
+        if output_dir is not None and generator.mask_paths is None:
+            _write_overlay(mask, image_path, Path(output_dir) / "overlays")
     return scores
+
+
+def _write_overlay(mask: NDArray[np.bool_], image_path: str, output_dir: Path) -> None:
+    """The picture at its own size, the predicted lesion outlined."""
+    picture = load_input_image(image_path, None).copy()
+    width = 1 + max(mask.shape) // 400
+    picture[mask & ~ndimage.binary_erosion(mask, iterations=width)] = (255, 0, 255)
+    with _written_whole(output_dir / f"{image_id(image_path)}_overlay.jpg") as temporary:
+        Image.fromarray(picture).save(temporary, quality=90)
 
 
 def _masks_of(generator: ImageGenerator) -> list[str]:
     if generator.mask_paths is None:
         raise SegmentError(
-            "To train and to score, the masks of the images are needed: create the generator with "
-            "mask_paths (predict and save_masks do without)."
+            "This needs the masks of the images: create the generator with mask_paths (predict, "
+            "results and save_masks do without)."
         )
     return generator.mask_paths
 
@@ -1338,49 +1493,68 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         scores: What `results` returned, at least one image.
 
     Returns:
-        `{"images": count, "failures": images with a Jaccard below 0.65, "worst": {id: Dice} of the
-        ten lowest}` and for each metric `{"mean", "median", "std", "p10", "min"}`.
+        `{"images": count, "doubtful": {id: estimated Dice}}` of the ten lowest, and for each score
+        `{"mean", "median", "std", "p10", "min"}`. With masks also `"worst": {id: Dice}` of the ten
+        lowest, `"failures"`, the number of images with a Jaccard below 0.65, and how well the
+        estimate tells them: `"estimate_rank_correlation"` (Spearman's, with Dice) and
+        `"estimate_roc_area"` (for failures), `None` where they are not defined.
 
     Raises:
         SegmentError: If there is no score.
     """
     _require(len(scores) > 0, "There are no scores to sum up: score at least one image.")
-    summary: dict[str, Any] = {
-        "images": len(scores),
-        "failures": sum(score["jaccard"] < JACCARD_FAILURE for score in scores),
-        "worst": {scores[i]["id"]: scores[i]["dice"] for i in _worst_first(scores)[:10]},
-    }
-    for metric in METRICS:
-        values = np.array([score[metric] for score in scores])
+    columns = {name: [score[name] for score in scores] for name in scores[0]}
+    ids = columns.pop("id")
+    summary: dict[str, Any] = {"images": len(scores)}
+    for title, name in (("worst", "dice"), ("doubtful", "estimated_dice")):
+        if name in columns:
+            lowest = np.argsort(columns[name], kind="stable")[:10]
+            summary[title] = {ids[i]: columns[name][i] for i in lowest}
+    if "dice" in columns:
+        summary.update(_judge_estimate(columns))
+    for name, values in columns.items():
         p10, median = np.percentile(values, (10, 50))
-        numbers = (values.mean(), median, values.std(), p10, values.min())
+        numbers = (np.mean(values), median, np.std(values), p10, min(values))
         names = ("mean", "median", "std", "p10", "min")
-        summary[metric] = dict(zip(names, map(float, numbers), strict=True))
+        summary[name] = dict(zip(names, map(float, numbers), strict=True))
     return summary
 
 
-def _worst_first(scores: Sequence[Mapping[str, Any]]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: float(scores[i]["dice"]))
+def _judge_estimate(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    dice, estimate = columns["dice"], columns["estimated_dice"]
+    failed = np.array(columns["jaccard"]) < JACCARD_FAILURE
+    varied = min(len(set(dice)), len(set(estimate))) > 1
+    rank = float(stats.spearmanr(dice, estimate).statistic) if varied else None
+    area = float(roc_auc_score(~failed, estimate)) if len(set(failed)) > 1 else None
+    return {
+        "failures": int(failed.sum()),
+        "estimate_rank_correlation": rank,
+        "estimate_roc_area": area,
+    }
 
 
 def _report(summary: Mapping[str, Any]) -> str:
-    """The printed summary: a table of the metrics, the failures, the worst images."""
-    columns = ("mean", "median", "p10", "min")
-    lines = [f"{summary['images']} images, each scored at its own size"]
-    lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in columns))
-    for metric in METRICS:
-        values = "".join(f"{summary[metric][column]:10.6f}" for column in columns)
-        lines.append(f"{metric.replace('_', ' '):20}{values}")
-    share = summary["failures"] / summary["images"]
-    lines.append(f"Jaccard below {JACCARD_FAILURE}: {summary['failures']} images ({share:.1%})")
-    lines.append("Worst images by Dice:")
-    lines += [f"  {id_}  {dice:.6f}" for id_, dice in list(summary["worst"].items())[:5]]
+    """The printed summary: a table of the scores, the failures, where to look first."""
+    scored = "dice" in summary
+    verb = "scored" if scored else "segmented"
+    lines = [f"{summary['images']} images, each {verb} at its own size"]
+    lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in REPORTED))
+    for name in filter(summary.__contains__, (*METRICS, "estimated_dice")):
+        values = "".join(f"{summary[name][column]:10.6f}" for column in REPORTED)
+        lines.append(f"{name.replace('_', ' '):20}{values}")
+    if scored:
+        share = summary["failures"] / summary["images"]
+        lines.append(f"Jaccard below {JACCARD_FAILURE}: {summary['failures']} images ({share:.1%})")
+    titles = {"worst": "Worst images by Dice", "doubtful": "To look at first, by estimated Dice"}
+    for name in filter(summary.__contains__, titles):
+        lines.append(f"{titles[name]}:")
+        lines += [f"  {id_}  {dice:.6f}" for id_, dice in list(summary[name].items())[:5]]
     return "\n".join(lines)
 
 
 def _table(scores: Sequence[Mapping[str, Any]]) -> str:
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, ("id", *METRICS), lineterminator="\n")
+    writer = csv.DictWriter(table, list(scores[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(scores)
     return table.getvalue()
@@ -1401,7 +1575,9 @@ def _figures(
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of `results` by file name; 20 images a figure, which its first one numbers."""
     drawn = min(num_imgs, len(scores))
-    for name, indices in (("predictions", range(drawn)), ("worst", _worst_first(scores)[:drawn])):
+    key = "dice" if "dice" in scores[0] else "estimated_dice"
+    worst = sorted(range(len(scores)), key=lambda i: scores[i][key])[:drawn]
+    for name, indices in (("predictions", range(drawn)), ("worst", worst)):
         for start in range(0, drawn, 20):
             page = indices[start : start + 20]
             yield name + f"_{start + 1}" * (drawn > 20), plot_predictions(
@@ -1424,7 +1600,7 @@ def plot_predictions(
     """Draws a row of input, target and prediction for each chosen image, with id and Dice.
 
     Args:
-        generator: The images and masks.
+        generator: The images; without masks there is no target.
         predictions: Lesion probabilities `(images, height, width, 1)`.
         scores: What `results` returned.
         indices: Which images to draw, in this order.
@@ -1434,28 +1610,42 @@ def plot_predictions(
     Returns:
         The figure.
     """
-    image_paths, mask_paths = generator.image_paths, _masks_of(generator)
-    figure, axes = _subplots(len(indices), 3, width=8, height=0.4 + 2.2 * len(indices))
+    columns = 2 if generator.mask_paths is None else 3
+    figure, axes = _subplots(len(indices), columns, width=8, height=0.4 + 2.2 * len(indices))
     for row, i in enumerate(indices):
-        size = _size_of(image_paths[i])
-        image = _crop(load_input_image(image_paths[i], generator.image_size), size)
-        target = _crop(load_segmented_image(mask_paths[i], generator.image_size), size)
-        prediction = _crop(predictions[i], size) >= threshold
-        cells = axes[3 * row : 3 * row + 3]
-        titles = (scores[i]["id"], "Target", f"Prediction, Dice {scores[i]['dice']:.4f}")
-        for cell, picture, title in zip(cells, (image, target, prediction), titles, strict=True):
+        masks = _masks_to_draw(generator, predictions[i], i, threshold)
+        image = load_input_image(generator.image_paths[i], generator.image_size)
+        image = _crop(image, _size_of(generator.image_paths[i]))
+        kind = "dice" if "dice" in scores[i] else "estimated_dice"
+        titles = [scores[i]["id"], *masks]
+        titles[-1] += f", {kind.replace('_d', ' D').replace('dice', 'Dice')} {scores[i][kind]:.4f}"
+        cells = axes[columns * row : columns * (row + 1)]
+        for cell, picture, title in zip(cells, (image, *masks.values()), titles, strict=True):
             cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
             cell.set_title(title, fontsize="medium", parse_math=False)
             cell.axis("off")
         if contours:
-            _draw_contours(cells[0], target[..., 0], prediction[..., 0])
+            _draw_contours(cells[0], masks)
     if contours:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
-def _draw_contours(axes: Axes, target: Array, prediction: Array) -> None:
-    for mask, color, name in ((target, "lime", "Target"), (prediction, "magenta", "Prediction")):
+def _masks_to_draw(
+    generator: ImageGenerator, prediction: Array, i: int, threshold: float
+) -> dict[str, Array]:
+    """Target, if there is one, and prediction of an image, without the frame's black bars."""
+    size = _size_of(generator.image_paths[i])
+    masks = {"Prediction": _crop(prediction[..., 0] >= threshold, size)}
+    if generator.mask_paths is None:
+        return masks
+    target = load_segmented_image(generator.mask_paths[i], generator.image_size)[..., 0]
+    return {"Target": _crop(target, size), **masks}
+
+
+def _draw_contours(axes: Axes, masks: Mapping[str, Array]) -> None:
+    for name, mask in masks.items():
+        color = "lime" if name == "Target" else "magenta"
         # A rim of background closes the outline of a lesion that the picture's edge cuts.
         padded = np.pad(mask.astype(float), 1)
         if mask.any():
@@ -1465,14 +1655,14 @@ def _draw_contours(axes: Axes, target: Array, prediction: Array) -> None:
 
 
 def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws how the Dice coefficients in `scores` (of `results`) are distributed, mean marked."""
-    dice = np.array([score["dice"] for score in scores])
+    """Draws how Dice (the estimate, without masks) is distributed in the scores of `results`."""
+    title = "Dice coefficient" if "dice" in scores[0] else "Estimated Dice coefficient"
+    dice = np.array([score.get("dice", score["estimated_dice"]) for score in scores])
     figure, (axes,) = _subplots(1, 1, width=7, height=4)
     axes.hist(dice, bins=40, range=(0, 1), color="tab:blue", edgecolor="white")
     axes.axvline(dice.mean(), color="tab:red", label=f"Mean {dice.mean():.4f}")
     axes.axvline(np.median(dice), color="black", ls="--", label=f"Median {np.median(dice):.4f}")
-    axes.set(xlabel="Dice coefficient", ylabel="Images", xlim=(0, 1))
-    axes.set_title(f"Dice of {len(dice)} images, each at its own size")
+    axes.set(xlabel=title, ylabel="Images", xlim=(0, 1), title=f"{title} of {len(dice)} images")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left")
     return figure

@@ -94,6 +94,16 @@ def test_the_soft_loss_is_what_a_pencil_gives() -> None:
     np.testing.assert_allclose(keras.ops.convert_to_numpy(loss), expected, rtol=1e-6)
 
 
+def test_the_default_loss_adds_the_mean_cross_entropy_of_each_image() -> None:
+    truth, lesion = batch(CROSS, NONE), 0.2 + 0.5 * batch(CROSS, TOP)
+    entropy = -(truth * np.log(lesion) + (1 - truth) * np.log(1 - lesion)).mean((1, 2, 3))
+    dice = keras.ops.convert_to_numpy(segment.dice_loss(truth, lesion))
+    loss = keras.ops.convert_to_numpy(segment.dice_cross_entropy_loss(truth, lesion))
+    np.testing.assert_allclose(loss, dice + entropy, rtol=1e-5)
+    sure = keras.ops.convert_to_numpy(segment.dice_cross_entropy_loss(truth, truth))
+    np.testing.assert_allclose(sure, [0, 0], atol=1e-5)
+
+
 def test_two_empty_masks_cost_nothing_and_a_perfect_one_neither() -> None:
     loss = segment.dice_loss(batch(NONE, CROSS), batch(NONE, CROSS))
     np.testing.assert_allclose(keras.ops.convert_to_numpy(loss), [0, 0], atol=1e-6)

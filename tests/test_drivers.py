@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MakePairs
 
@@ -99,7 +100,8 @@ def test_everything_documented_is_written(train: Run, tmp_path: Path) -> None:
 
 STEPS = (
     "find_image_pairs", "inspect", "plot_image_sizes", "train_val_test_split", "create_generator",
-    "create_model", "train_model", "save_model", "load_model", "predict", "results",
+    "create_model", "train_model", "choose_threshold", "save_model", "load_model", "predict",
+    "results",
 )  # fmt: skip
 
 
@@ -127,8 +129,8 @@ def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: li
     train("--inspect")
     assert steps == [
         "find_image_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
-        *["create_generator"] * 3, "create_model", "train_model", "save_model", "predict",
-        "results",
+        *["create_generator"] * 3, "create_model", "train_model", "predict", "choose_threshold",
+        "save_model", "predict", "results",
     ]  # fmt: skip
     steps.clear()
     load("--inspect")
@@ -221,7 +223,8 @@ def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image-dir", "x"], "--image-dir and --mask-dir go together"),
+        (["--image-dir", "x"], "--image-dir came without --mask-dir"),
+        (["--mask-dir", "x"], "--mask-dir came without --image-dir"),
         (["--save", "model.h5"], "ends in .keras"),
         (["--seed", "-1"], "--seed: -1 is not a whole number from 0"),
         (["--epochs", "0"], "--epochs: 0 is not a whole number from 1"),
@@ -302,12 +305,63 @@ def test_everything_can_be_trained_on_and_nothing_validated_or_tested(
     assert not (tmp_path / "trained" / "scores.csv").exists()
 
 
+def test_the_trained_model_segments_a_folder_of_images_without_masks(
+    train: Run, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("--no-optimizer")
+    monkeypatch.setattr(segment, "PRETRAINED", tmp_path / "trained" / "model.keras")
+    make_pairs(3, folder="other")
+    options = [*data(tmp_path, "other"), "--output", str(tmp_path / "out")]
+    assert driver_load_evaluate.main(options[:2] + options[4:]) == 0
+    assert [list(row) for row in rows(tmp_path / "out")] == [["id", "estimated_dice"]] * 3
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 3
+    assert driver_load_evaluate.main(options) == 0  # with masks it scores every image
+    assert [row["id"] for row in rows(tmp_path / "out")] == [f"ISIC_{i:07}" for i in range(3)]
+    assert "dice" in rows(tmp_path / "out")[0]
+
+
+def test_a_model_named_without_masks_asks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        driver_load_evaluate.main(["a.keras", "--image-dir", "x"])
+    assert "add --all to segment them" in capsys.readouterr().err
+
+
+def test_prediction_and_threshold_are_chosen_on_validation_images_and_can_be_switched(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, calls = segment.predict, []
+
+    def spy(model: Any, generator: Any, **options: Any) -> Any:
+        calls.append((len(generator.image_paths), options))
+        return predict(model, generator, **options)
+
+    monkeypatch.setattr(segment, "predict", spy)
+    monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.35)
+    train("--no-mirror", "--no-one-region")
+    options = {"mirror": False, "one_region": False}
+    assert calls == [(1, options), (3, options)]
+    saved = segment.load_model(tmp_path / "trained" / "model.keras")
+    assert segment.model_record(saved).threshold == 0.35
+
+
+def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path: Path) -> None:
+    train()
+    first = tmp_path / "trained" / "model.keras"
+    again = ["--image-size", "48", "32", "--start-from", str(first), "--bfloat16"]
+    assert train(*again, "--learning-rate", "1e-9", "--save", str(tmp_path / "b.keras")) == 0
+    one, two = (segment.load_model(path) for path in (first, tmp_path / "b.keras"))
+    assert two.input_shape == (None, 48, 32, 3)
+    assert two.get_layer("level1_conv").compute_dtype == "bfloat16"
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     sample = ["--image-dir", "images/sample/input", "--mask-dir", "images/sample/truth"]
     parse = driver_train_save_evaluate.parse_options
     for options in (parse([]), parse(sample)):
-        assert (options.epochs, options.batch_size, options.image_size) == (30, 4, (128, 128))
+        assert (options.epochs, options.batch_size, options.image_size) == (20, 4, (128, 128))
     elsewhere = parse(["--image-dir", "tests", "--mask-dir", "tests"])
     assert (elsewhere.epochs, elsewhere.batch_size, elsewhere.image_size) == (60, 8, (256, 256))
 

@@ -91,3 +91,13 @@ def test_a_name_that_is_not_utf8_is_refused_before_it_reaches_a_table(tmp_path: 
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
     with pytest.raises(segment.SegmentError, match=r"1 file names are not UTF-8 .*caf\\udce9"):
         segment.find_image_pairs(tmp_path, tmp_path)
+
+
+def test_images_alone_are_found_for_prediction(tmp_path: Path) -> None:
+    touch(tmp_path, "b.JPG", "a.png", "a_segmentation.png", "c_superpixels.png", ".d.png", "e.csv")
+    assert names(segment.find_images(tmp_path)) == ["a.png", "b.JPG"]
+    touch(tmp_path, "b.png")
+    with pytest.raises(segment.SegmentError, match=r"several images of one id \(b\)"):
+        segment.find_images(tmp_path)
+    with pytest.raises(segment.SegmentError, match="holds masks alone"):
+        segment.find_images(touch(tmp_path / "masks", "a_segmentation.png"))

@@ -70,9 +70,10 @@ def test_the_summary_is_printed_with_the_worst_first(
     assert f"dice                {np.mean(dice):10.6f}{np.median(dice):10.6f}" in printed
     failures = sum(score["jaccard"] < 0.65 for score in scores)
     assert f"Jaccard below 0.65: {failures} images ({failures / 5:.1%})" in printed
-    worst = [line.split() for line in printed.splitlines() if line.startswith("  ISIC")]
-    ranked = sorted(scores, key=lambda score: score["dice"])
-    assert worst == [[score["id"], f"{score['dice']:.6f}"] for score in ranked]
+    listed = [line.split() for line in printed.splitlines() if line.startswith("  ISIC")]
+    for rows, key in ((listed[:5], "dice"), (listed[5:], "estimated_dice")):
+        ranked = sorted(scores, key=lambda score: score[key])
+        assert rows == [[score["id"], f"{score[key]:.6f}"] for score in ranked]
 
 
 def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_pa
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert ",".join(header) == (
-        "id,dice,jaccard,thresholded_jaccard,sensitivity,specificity,accuracy"
+        "id,dice,jaccard,thresholded_jaccard,sensitivity,specificity,accuracy,estimated_dice"
     )
     assert [[row[0], *map(float, row[1:])] for row in rows] == [list(s.values()) for s in scores]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -109,8 +110,43 @@ def test_masks_can_be_saved_without_ground_truth(make_pairs: MakePairs, tmp_path
     blind = segment.create_generator(generator.image_paths, image_size=FRAME)
     segment.save_masks(blind, predictions, tmp_path / "masks")
     assert len(list((tmp_path / "masks").iterdir())) == 2
-    with pytest.raises(segment.SegmentError, match="To train and to score, the masks"):
-        segment.results(blind, predictions)
+
+
+def test_without_masks_images_are_estimated_and_outlined(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator, predictions = prepare(make_pairs, 3)
+    blind = segment.create_generator(generator.image_paths, image_size=FRAME)
+    predictions[1] *= 0.6
+    out = tmp_path / "out"
+    scores = segment.results(blind, predictions, output_dir=out)
+    assert [list(score) for score in scores] == [["id", "estimated_dice"]] * 3
+    printed = capsys.readouterr().out
+    assert "3 images, each segmented at its own size" in printed
+    assert printed.splitlines()[-3].split()[0] == "ISIC_0000001"
+    assert {path.name for path in out.iterdir()} == {
+        "scores.csv", "summary.json", "masks", "overlays", "predictions.png", "worst.png",
+        "histogram.png",
+    }  # fmt: skip
+    mask = np.asarray(Image.open(out / "masks" / "ISIC_0000000_segmentation.png")) > 0
+    overlay = np.asarray(Image.open(out / "overlays" / "ISIC_0000000_overlay.jpg")).astype(int)
+    outlined = (overlay[..., 0] > 180) & (overlay[..., 1] < 90) & (overlay[..., 2] > 140)
+    assert outlined.any()
+    assert not (outlined & ~mask)[:, 10:].any()
+    assert outlined.sum() < mask.sum() / 3
+
+
+def test_figures_without_masks_show_the_image_and_its_prediction(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    blind = segment.create_generator(generator.image_paths, image_size=FRAME)
+    scores = segment.results(blind, predictions)
+    figure = segment.plot_predictions(blind, predictions, scores, [1], contours=True)
+    titles = [axes.get_title() for axes in figure.axes]
+    estimate = f"{scores[1]['estimated_dice']:.4f}"
+    assert titles == ["ISIC_0000001", f"Prediction, estimated Dice {estimate}"]
+    assert len(figure.axes[0].collections) == 1
+    histogram = segment.plot_dice_histogram(scores).axes[0]
+    assert histogram.get_xlabel() == "Estimated Dice coefficient"
 
 
 def test_rows_show_input_target_and_prediction_with_id_and_dice(make_pairs: MakePairs) -> None:
@@ -177,7 +213,8 @@ def test_the_worst_figure_shows_the_worst_and_its_outlines_in_their_colours(
 
 def test_statistics_are_those_of_numpy() -> None:
     dice = [0.1, 0.5, 0.9, 0.7, 0.3, 0.8, 0.2, 0.6, 0.4, 1.0, 0.95]
-    scores = [{"id": str(i), **dict.fromkeys(segment.METRICS, d)} for i, d in enumerate(dice)]
+    metrics = (*segment.METRICS, "estimated_dice")
+    scores = [{"id": str(i), **dict.fromkeys(metrics, d)} for i, d in enumerate(dice)]
     summary = segment.summarize(scores)
     assert summary["dice"] == pytest.approx(
         {"mean": np.mean(dice), "median": 0.6, "std": np.std(dice), "p10": 0.2, "min": 0.1}
@@ -277,3 +314,18 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(segment.SegmentError, match="cannot be written"):
         segment.results(generator, predictions, output_dir=tmp_path / "file")
+
+
+def test_the_estimate_is_judged_by_rank_and_by_how_it_tells_failures() -> None:
+    dice, estimate = [0.9, 0.8, 0.5, 0.95, 0.4], [0.8, 0.9, 0.6, 0.95, 0.7]
+    scores = [
+        {"id": str(i), **dict.fromkeys(segment.METRICS, d), "estimated_dice": e}
+        for i, (d, e) in enumerate(zip(dice, estimate, strict=True))
+    ]
+    summary = segment.summarize(scores)
+    # Ranks 4 3 2 5 1 and 3 4 1 5 2: squared differences sum to 4, so 1 - 6 * 4 / (5 * 24).
+    assert summary["estimate_rank_correlation"] == pytest.approx(0.8)
+    assert summary["estimate_roc_area"] == 1  # both failures lie below all the others
+    assert list(summary["doubtful"]) == ["2", "4", "0", "1", "3"]
+    single = segment.summarize(scores[:1])
+    assert (single["estimate_rank_correlation"], single["estimate_roc_area"]) == (None, None)

@@ -51,7 +51,7 @@ def test_loss_and_metric_come_back_by_name(tmp_path: Path) -> None:
     segment.save_model(model, tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     scores = loaded.evaluate(images(), masks, return_dict=True, verbose=0)
-    assert loaded.loss is segment.dice_loss
+    assert loaded.loss is segment.dice_cross_entropy_loss
     assert scores == pytest.approx(
         model.evaluate(images(), masks, return_dict=True, verbose=0), abs=1e-6
     )
@@ -175,3 +175,27 @@ def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
         archive.writestr("segment.json", json.dumps({**record, field: value}))
     with pytest.raises(segment.SegmentError, match=r"m\.keras: not a whole|threshold is 7"):
         segment.load_model(tmp_path / "m.keras")
+
+
+def test_without_the_optimizer_the_file_is_small_predicts_the_same_and_is_float32(
+    tmp_path: Path,
+) -> None:
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = small_model()
+    finally:
+        keras.config.set_dtype_policy(policy)
+    segment._compile(model)
+    model.optimizer.build(model.trainable_variables)
+    segment.save_model(model, tmp_path / "whole.keras", split=SPLIT)
+    segment.save_model(model, tmp_path / "bare.keras", optimizer=False)
+    bare = segment.load_model(tmp_path / "bare.keras")
+    assert not bare.compiled
+    assert {layer.compute_dtype for layer in bare.layers} == {"float32"}
+    assert segment.model_record(bare).split == segment.model_record(model).split
+    np.testing.assert_allclose(
+        bare.predict(images(), verbose=0), model.predict(images(), verbose=0), atol=0.03
+    )
+    sizes = [(tmp_path / f"{name}.keras").stat().st_size for name in ("whole", "bare")]
+    assert sizes[1] < sizes[0]

@@ -197,7 +197,7 @@ def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
         segment.train_model(small, train, val, 1)
     blind = segment.create_generator(train.image_paths, image_size=SIZE)
-    with pytest.raises(segment.SegmentError, match="To train and to score, the masks"):
+    with pytest.raises(segment.SegmentError, match="This needs the masks of the images"):
         segment.train_model(new_model(), blind, val, 1)
 
 

@@ -1,0 +1,87 @@
+"""Prediction: mirrorings, one region, the threshold, and the estimate of its own Dice."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import MakePairs
+
+import segment
+
+SIZE = (32, 48)
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def generator(make_pairs: MakePairs, count: int = 3) -> segment.ImageGenerator:
+    return segment.create_generator(*make_pairs(count), image_size=SIZE, batch_size=2)
+
+
+def model() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return segment.create_model(SIZE, num_filters=2)
+
+
+def test_plain_prediction_is_that_of_the_model(make_pairs: MakePairs) -> None:
+    batches, unet = generator(make_pairs), model()
+    plain = segment.predict(unet, batches, mirror=False, one_region=False, verbose=0)
+    assert plain.shape == (3, *SIZE, 1)
+    assert plain.dtype == np.float32
+    np.testing.assert_array_equal(plain, unet.predict(batches, verbose=0))
+
+
+def test_mirrorings_are_put_back_and_averaged(make_pairs: MakePairs) -> None:
+    batches, unet = generator(make_pairs), model()
+    images = np.concatenate([batches[i][0] for i in range(len(batches))])
+    views = [
+        np.flip(unet.predict(np.flip(images, axes), verbose=0), axes)
+        for axes in ((), (1,), (2,), (1, 2))
+    ]
+    predictions = segment.predict(unet, batches, one_region=False, verbose=0)
+    np.testing.assert_allclose(predictions, np.mean(views, axis=0), atol=1e-6)
+
+
+def test_one_region_without_holes_is_left_of_each_mask() -> None:
+    lesion: np.ndarray = np.zeros((12, 12), np.float32)
+    lesion[1:7, 1:7] = 0.9
+    lesion[3, 3] = 0.1  # a hole
+    lesion[9:11, 9:11] = 0.99  # another region, of less weight
+    lesion[0, 11] = 0.3  # doubt elsewhere
+    tidy = segment._one_region(lesion, 0.5)
+    square: np.ndarray = np.zeros((12, 12), bool)
+    square[1:7, 1:7] = True
+    np.testing.assert_array_equal(tidy >= 0.5, square)
+    assert tidy[0, 11] == np.float32(0.3)
+    assert tidy[9, 9] > 0.49  # which the estimate still counts as doubt
+    np.testing.assert_array_equal(segment._one_region(0 * lesion, 0.5), 0 * lesion)
+
+
+def test_regions_are_told_apart_at_the_threshold_of_the_model(make_pairs: MakePairs) -> None:
+    batches, unet = generator(make_pairs), model()
+    raw = segment.predict(unet, batches, one_region=False, verbose=0)
+    threshold = float(np.quantile(raw, 0.9))
+    segment.model_record(unet).threshold = threshold
+    tidy = segment.predict(unet, batches, verbose=0)
+    for before, after in zip(raw[..., 0], tidy[..., 0], strict=True):
+        np.testing.assert_array_equal(after, segment._one_region(before, threshold))
+
+
+def test_the_threshold_is_that_of_the_highest_mean_dice(make_pairs: MakePairs) -> None:
+    batches = generator(make_pairs)
+    truth = np.concatenate([batches[i][1] for i in range(len(batches))])
+    rim = np.roll(truth, 2, axis=2)
+    predictions = np.where(truth == 1, 0.62, np.where(rim == 1, 0.58, 0.1)).astype(np.float32)
+    assert segment.choose_threshold(batches, predictions) == 0.6
+    assert segment.choose_threshold(batches, truth.astype(np.float32)) == 0.5
+    blind = segment.create_generator(batches.image_paths, image_size=SIZE)
+    with pytest.raises(segment.SegmentError, match="needs the masks"):
+        segment.choose_threshold(blind, predictions)
+
+
+def test_the_estimate_is_the_soft_dice_of_mask_and_probabilities() -> None:
+    lesion = np.array([[0.9, 0.8], [0.4, 0.0]])
+    predictions = np.stack([lesion, lesion > 0.5, 0 * lesion])[..., None]
+    # Of the first: mask of 2 pixels, 1.7 of 2.1 pixels of lesion within it.
+    expected = [2 * 1.7 / (2.1 + 2), 1, 0]
+    np.testing.assert_allclose(segment.estimate_dice(predictions), expected)
+    (cut,) = segment.estimate_dice(predictions[:1], threshold=0.3)
+    assert cut == pytest.approx(2 * 2.1 / (2.1 + 3))
