@@ -195,3 +195,27 @@ def test_paths_in_an_array_serve_as_well_as_in_a_list(make_pairs: MakePairs) -> 
     images, masks = make_pairs(3)
     batches = segment.create_generator(np.array(images), np.array(masks), image_size=SIZE)  # type: ignore[arg-type]
     assert images_of(batches) == images_of(generator((images, masks)))
+
+
+def test_images_are_decoded_once_if_all_of_them_fit(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, decode, decoded = make_pairs(5), segment.load_input_image, []
+
+    def spy(path: str, size: segment.Size) -> Any:
+        decoded.append(path)
+        return decode(path, size)
+
+    monkeypatch.setattr(segment, "load_input_image", spy)
+    need = 5 * 4 * SIZE[0] * SIZE[1]
+    for cache_bytes, times in ((need, 1), (need - 1, 3)):
+        decoded.clear()
+        batches = generator(pairs, shuffle=True, augment=True, cache_bytes=cache_bytes)
+        epochs = []
+        for _ in range(3):
+            epochs.append(images_of(batches))
+            batches.on_epoch_end()
+        assert sorted(decoded) == sorted(times * pairs[0])
+    fresh = generator(pairs, shuffle=True, augment=True)
+    fresh.epoch = 2
+    assert images_of(fresh) == epochs[2]
