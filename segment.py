@@ -1029,8 +1029,8 @@ def predict(
         model: A trained model.
         generator: The images; masks are not looked at.
         mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
-        one_region: Whether to keep the region with the most lesion in it alone and to fill its
-            holes, as ISIC masks are one region without holes.
+        one_region: Whether to keep the most certain region alone and to fill its holes, as ISIC
+            masks are one region without holes.
         verbose: Progress display, as in `keras.Model.predict`.
 
     Returns:
@@ -1061,10 +1061,13 @@ def _mirrored(model: keras.Model) -> keras.Model:
 
 
 def _one_region(lesion: Array, threshold: float) -> Array:
-    """Probabilities `(H, W)`, pushed below the threshold outside the weightiest region."""
+    """Probabilities `(H, W)`, pushed below the threshold outside of the most certain region.
+
+    A dark, clear lesion outweighs a larger stretch of skin that only just passes the threshold.
+    """
     inside = lesion >= threshold
     regions, count = ndimage.label(inside)
-    weights = ndimage.sum_labels(lesion, regions, range(1, count + 1))
+    weights = ndimage.sum_labels(lesion - threshold, regions, range(1, count + 1))
     kept = regions == 1 + np.argmax(weights) if count else inside
     holes = ndimage.binary_fill_holes(kept) & ~kept
     lesion = np.where(kept, lesion, np.minimum(lesion, 0.999 * threshold))

@@ -55,6 +55,14 @@ def test_one_region_without_holes_is_left_of_each_mask() -> None:
     np.testing.assert_array_equal(segment._one_region(0 * lesion, 0.5), 0 * lesion)
 
 
+def test_a_clear_region_outweighs_a_larger_doubtful_one() -> None:
+    lesion: np.ndarray = np.zeros((12, 12), np.float32)
+    lesion[:, 6:] = 0.52
+    lesion[2:5, 1:4] = 0.95
+    tidy = segment._one_region(lesion, 0.5)
+    np.testing.assert_array_equal(tidy >= 0.5, lesion > 0.9)
+
+
 def test_regions_are_told_apart_at_the_threshold_of_the_model(make_pairs: MakePairs) -> None:
     batches, unet = generator(make_pairs), model()
     raw = segment.predict(unet, batches, one_region=False, verbose=0)
