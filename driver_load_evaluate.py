@@ -36,8 +36,9 @@ def load_evaluate(options: argparse.Namespace) -> None:
     # 1. Load the file names of the ISIC images and masks
     if options.mask_dir is None:
         image_paths, mask_paths = segment.find_images(options.image_dir), None
+        left_out: list[str] = []
     else:
-        image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+        image_paths, mask_paths, left_out = find_checked_pairs(options)
     print(f"{len(image_paths)} images in {options.image_dir}")
 
     if options.inspect:
@@ -74,7 +75,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
                     threshold=record.threshold, history=record.history, output_dir=output,
                     notes={"model": str(options.model or segment.PRETRAINED.name),
-                           "images_used_in_training": len(seen)})
+                           "images_used_in_training": len(seen), "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
 
 
@@ -90,6 +91,7 @@ def parse_common_options(
     add("--mask-dir", metavar="DIR", help="folder of their masks (default: that of the sample)")
     add("--subset", type=positive, metavar="N", help="use the first N pairs (or test images) only")
     add("--batch-size", type=positive, metavar="N", help="images a batch (default: 8; sample: 4)")
+    add("--skip-bad", action="store_true", help="leave out pairs with files that cannot be used")
     add("--inspect", action="store_true", help="count and plot the sizes of the images")
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=argparse.BooleanOptionalAction, default=True,
@@ -109,6 +111,25 @@ def parse_common_options(
     if options.batch_size is None:
         options.batch_size = 4 if options.on_sample else 8
     return options
+
+
+def find_checked_pairs(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
+    """Images and masks, and the images that were left out; tells what is wrong with the files."""
+    import segment
+
+    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    findings = segment.check_pairs(image_paths, mask_paths)
+    for finding in findings:
+        print(f"{finding.severity.capitalize()}: {finding.what}", file=sys.stderr)
+    bad = sorted({finding.path for finding in findings if finding.severity == "error"})
+    if bad and not options.skip_bad:
+        raise segment.SegmentError(
+            f"{len(bad)} of {len(image_paths)} pairs cannot be used (see above): mend the files, "
+            "or leave these pairs out with --skip-bad."
+        )
+    pairs = zip(image_paths, mask_paths, strict=True)
+    good = [(image, mask) for image, mask in pairs if image not in bad]
+    return [image for image, _ in good], [mask for _, mask in good], bad
 
 
 def natural(text: str, least: int = 0) -> int:

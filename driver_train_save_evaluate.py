@@ -11,7 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from driver_load_evaluate import natural, parse_common_options, positive, quiet_startup, run
+from driver_load_evaluate import (
+    find_checked_pairs,
+    natural,
+    parse_common_options,
+    positive,
+    quiet_startup,
+    run,
+)  # fmt: skip
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +68,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks
-    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    image_paths, mask_paths, left_out = find_checked_pairs(options)
     image_paths, mask_paths = image_paths[: options.subset], mask_paths[: options.subset]
     print(f"{len(image_paths)} pairs in {options.image_dir}")
 
@@ -89,9 +96,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
     # 6. Create a new UNet
-    if options.bfloat16:
-        keras.config.set_dtype_policy("mixed_bfloat16")
-    model = segment.create_model(options.image_size)
+    model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
     if options.start_from:
         model.set_weights(segment.load_model(options.start_from).get_weights())
 
@@ -128,7 +133,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     record = segment.model_record(model)
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
                     threshold=record.threshold, history=record.history, output_dir=output,
-                    notes={"model": options.save})
+                    notes={"model": options.save, "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -31,8 +32,9 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import matplotlib.pyplot as plt
@@ -48,13 +50,14 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 __all__ = [  # noqa: RUF022, by the alphabet
-    "choose_threshold", "create_generator", "create_model", "describe_device", "dice_coefficient",
-    "dice_cross_entropy_loss", "dice_loss", "estimate_dice", "find_image_pairs", "find_images",
-    "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator", "inspect", "letterbox",
-    "load_input_image", "load_model", "load_segmented_image", "METRICS", "model_record",
-    "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes", "plot_predictions",
-    "predict", "restore_masks", "results", "save_figure", "save_masks", "save_model", "score_masks",
-    "SegmentError", "stored_test_split", "summarize", "train_model", "train_val_test_split",
+    "check_pairs", "choose_threshold", "create_generator", "create_model", "describe_device",
+    "dice_coefficient", "dice_cross_entropy_loss", "dice_loss", "estimate_dice", "find_image_pairs",
+    "find_images", "Finding", "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator",
+    "inspect", "letterbox", "load_input_image", "load_model", "load_segmented_image", "METRICS",
+    "model_record", "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes",
+    "plot_predictions", "predict", "restore_masks", "results", "save_figure", "save_masks",
+    "save_model", "score_masks", "SegmentError", "stored_test_split", "summarize", "train_model",
+    "train_val_test_split",
 ]
 
 IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
@@ -338,7 +341,7 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
 
 
 # ----------------------------------------------------------------------------------------------
-# 2. Inspection
+# 2. Inspection: sizes, and what is wrong with the files
 # ----------------------------------------------------------------------------------------------
 
 
@@ -387,6 +390,103 @@ def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
     axes.set(title=f"{total} (height × width in pixels)", xlabel="Images")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+class Finding(NamedTuple):
+    """What `check_pairs` found; an error spoils the pair, a warning is worth a look."""
+
+    severity: str
+    path: str
+    what: str
+
+
+def check_pairs(image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]) -> list[Finding]:
+    """Looks at every file before a training that would stumble over it an hour later.
+
+    Errors are files that cannot be read (cut short, empty, too large to be a photograph), masks
+    with other values than two, and masks of another size than their image. Warnings are files of
+    another type than their name says, images that occur twice, and masks that are empty, full,
+    seemingly inverted, of several regions or with holes.
+
+    Args:
+        image_paths: Image files.
+        mask_paths: Their masks, in the same order.
+
+    Returns:
+        The findings, errors first: `severity` (`"error"` or `"warning"`), `path` of the image and
+        `what`, a sentence that names the file at fault.
+
+    Raises:
+        SegmentError: If the lists differ in length.
+    """
+    _check_lengths(image_paths, mask_paths)
+    with ThreadPoolExecutor() as pool:
+        pairs = pool.map(_check_pair, map(str, image_paths), map(str, mask_paths))
+        findings = [finding for pair in pairs for finding in pair]
+    findings += _find_duplicates([str(path) for path in image_paths])
+    return sorted(findings, key=lambda finding: finding.severity)
+
+
+def _check_pair(image_path: str, mask_path: str) -> list[Finding]:
+    errors: list[str] = []
+    warnings: list[str] = []
+    try:
+        load_input_image(image_path, (64, 64))
+        warnings += _check_suffix(image_path)
+    except SegmentError as error:
+        errors.append(str(error))
+    try:
+        mask = load_segmented_image(mask_path, None)[..., 0]
+        warnings += _check_suffix(mask_path)
+        warnings += [f"{mask_path}: the mask {what}." for what in _oddities(mask)]
+        if not errors:
+            _check_same_size(image_path, mask_path)
+    except SegmentError as error:
+        errors.append(str(error))
+    return [
+        *(Finding("error", image_path, what) for what in errors),
+        *(Finding("warning", image_path, what) for what in warnings),
+    ]
+
+
+def _check_suffix(path: str) -> list[str]:
+    expected = Image.registered_extensions()[Path(path).suffix.lower()]
+    with _open_image(path) as image:
+        if image.format in (expected, "MPO"):  # a JPEG with a preview in it
+            return []
+        return [f"{path}: the file is a {image.format}, whatever its name says."]
+
+
+def _oddities(mask: Array) -> list[str]:
+    """What an expert's outline would not look like, at a quarter of a million pixels or fewer."""
+    step = 1 + max(mask.shape) // 512
+    mask = mask[::step, ::step] > 0
+    if mask.all() or not mask.any():
+        return ["is full" if mask.any() else "is empty"]
+    rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    regions = ndimage.label(mask, np.ones((3, 3)))[1]
+    holes = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)[1]
+    found = {
+        "seems to be inverted, since its rim is lesion": rim.mean() > 0.9,
+        f"has {regions} regions": regions > 1,
+        f"has holes ({holes})": holes > 0,
+    }
+    return [what for what, odd in found.items() if odd]
+
+
+def _find_duplicates(paths: list[str]) -> list[Finding]:
+    """Files with the same bytes; only those of one length are read."""
+    readable = [path for path in paths if os.path.isfile(path)]
+    lengths = Counter(map(os.path.getsize, readable))
+    first: dict[bytes, str] = {}
+    findings = []
+    for path in readable:
+        if lengths[os.path.getsize(path)] > 1:
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+            if first.setdefault(digest, path) != path:
+                what = f"{path}: the same image as {first[digest]}."
+                findings.append(Finding("warning", path, what))
+    return findings
 
 
 # ----------------------------------------------------------------------------------------------
@@ -478,7 +578,8 @@ def create_generator(
         seed: With the epoch it determines order and augmentation, whatever else draws numbers.
         workers: Threads that load batches.
         cache_bytes: Images and masks are decoded once and kept in memory if all of them fit into
-            so many bytes (4 a pixel of the frame: 10,922 pairs of 192 x 256); else in every epoch.
+            so many bytes (4 a pixel; to augment them they are decoded at twice height and width, so
+            that 2 GiB hold 2,730 pairs of 192 x 256); else in every epoch.
 
     Returns:
         An `ImageGenerator`, whose batches are `uint8 (N, height, width, 3)` in 0..255, followed by
@@ -553,19 +654,23 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         return rng.permutation(count) if self.shuffle else np.arange(count)
 
     def _load(self, i: int, epoch: int) -> tuple[Array, Array]:
-        image, mask = self._decoded.get(i) or self._decode(i)
-        if 4 * math.prod(self.image_size) * len(self.image_paths) <= self.cache_bytes:
+        # Zooming in needs more pixels than the frame has.
+        height, width = self.image_size
+        size = (2 * height, 2 * width) if self.augment else (height, width)
+        image, mask = self._decoded.get(i) or self._decode(i, size)
+        if 4 * math.prod(size) * len(self.image_paths) <= self.cache_bytes:
             self._decoded[i] = image, mask
         if self.augment:
-            return _augment(image, mask, np.random.default_rng((self.seed, epoch, i)))
+            rng = np.random.default_rng((self.seed, epoch, i))
+            return _augment(image, mask, self.image_size, rng)
         return image, mask
 
-    def _decode(self, i: int) -> tuple[Array, Array]:
-        image = load_input_image(self.image_paths[i], self.image_size)
+    def _decode(self, i: int, size: Size) -> tuple[Array, Array]:
+        image = load_input_image(self.image_paths[i], size)
         if self.mask_paths is None:
-            return image, np.zeros((*self.image_size, 1), np.uint8)
+            return image, np.zeros((*size, 1), np.uint8)
         _check_same_size(self.image_paths[i], self.mask_paths[i])
-        return image, load_segmented_image(self.mask_paths[i], self.image_size)
+        return image, load_segmented_image(self.mask_paths[i], size)
 
 
 def _check_same_size(image_path: str, mask_path: str) -> None:
@@ -577,13 +682,15 @@ def _check_same_size(image_path: str, mask_path: str) -> None:
     )
 
 
-def _augment(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+def _augment(
+    image: Array, mask: Array, image_size: Size, rng: np.random.Generator
+) -> tuple[Array, Array]:
     """One random change of geometry for both, one of colour for the image alone.
 
     Pillow does both a whole picture at a time, without the interpreter's lock.
     """
-    size = (image.shape[1], image.shape[0])
-    affine = _random_affine(size, rng)
+    size = (image_size[1], image_size[0])
+    affine = _random_affine((image.shape[1], image.shape[0]), size, rng)
     picture, target = (
         Image.fromarray(array).transform(
             size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
@@ -596,22 +703,25 @@ def _augment(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array
     return np.asarray(picture), (np.asarray(target) >= 128).astype(np.uint8)[..., None]
 
 
-def _random_affine(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, ...]:
+def _random_affine(
+    source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator
+) -> tuple[float, ...]:
     """Upright or at any angle, mirrored or not, stretched by up to 12 %, zoomed by 0.75 to 2.2.
 
-    The more it zooms in, the further from the centre it may look. `(a, b, c, d, e, f)` as Pillow
-    has it: `(x, y)` shows what was at `(ax + by + c, dx + ey + f)`.
+    The more it zooms in, the further from the centre it may look. From a picture of `(width,
+    height)` `source` to one of `size`; `(a, b, c, d, e, f)` as Pillow has it: `(x, y)` shows what
+    was at `(ax + by + c, dx + ey + f)`.
     """
     angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.7 else 0.0
     zoom = math.exp(rng.uniform(math.log(0.75), math.log(2.2))) if rng.random() < 0.75 else 1.0
     stretch = math.exp(rng.uniform(-0.12, 0.12))
     mirror = rng.choice((-1, 1))
-    a, b = (mirror * part * stretch / zoom for part in (math.cos(angle), math.sin(angle)))
-    d, e = (part / stretch / zoom for part in (-math.sin(angle), math.cos(angle)))
-    center = np.array(size) / 2
+    step = source[0] / size[0] / zoom
+    a, b = (mirror * step * stretch * part for part in (math.cos(angle), math.sin(angle)))
+    d, e = (step / stretch * part for part in (-math.sin(angle), math.cos(angle)))
     reach = 0.06 + 0.2 * max(0.0, zoom - 1)
-    x, y = center + rng.uniform(-reach, reach, 2) * size  # where the old centre comes to lie
-    return a, b, center[0] - a * x - b * y, d, e, center[1] - d * x - e * y
+    x, y = (0.5 + rng.uniform(-reach, reach, 2)) * size  # where the old centre comes to lie
+    return a, b, source[0] / 2 - a * x - b * y, d, e, source[1] / 2 - d * x - e * y
 
 
 def _random_colors(rng: np.random.Generator) -> list[int]:
@@ -632,7 +742,11 @@ def _random_colors(rng: np.random.Generator) -> list[int]:
 
 
 def create_model(
-    image_size: Size = IMAGE_SIZE, *, num_filters: int = 16, dropout: float = 0.3
+    image_size: Size = IMAGE_SIZE,
+    *,
+    num_filters: int = 16,
+    dropout: float = 0.3,
+    bfloat16: bool = False,
 ) -> keras.Model:
     """Creates the improved UNet, uncompiled.
 
@@ -643,6 +757,8 @@ def create_model(
         image_size: `(height, width)` of the frame, both divisible by 16.
         num_filters: Filters of the finest level; each coarser level has twice as many.
         dropout: Share dropped between the convolutions of a context module.
+        bfloat16: Whether to compute in bfloat16, which recent processors and GPUs do faster;
+            weights and output stay float32. Without it Keras' dtype policy decides.
 
     Returns:
         A functional model from `(N, height, width, 3)`, `uint8` or float in 0..255, to lesion
@@ -656,9 +772,21 @@ def create_model(
     _require(0 <= dropout < 1, f"dropout is {dropout}: expected a share from 0 to below 1.")
     inputs = keras.Input((*_check_image_size(image_size, 16), 3), name="image")
     scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
-    lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
+    with _dtype_policy("mixed_bfloat16") if bfloat16 else contextlib.nullcontext():
+        lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
     outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
     return keras.Model(inputs, outputs, name="improved_unet")
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """The policy of the layers that are made meanwhile; Keras' own setting is as before after."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakePairs
+from PIL import Image
 
 import driver_load_evaluate
 import driver_train_save_evaluate
@@ -99,9 +100,9 @@ def test_everything_documented_is_written(train: Run, tmp_path: Path) -> None:
 
 
 STEPS = (
-    "find_image_pairs", "inspect", "plot_image_sizes", "train_val_test_split", "create_generator",
-    "create_model", "train_model", "choose_threshold", "save_model", "load_model", "predict",
-    "results",
+    "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
+    "create_generator", "create_model", "train_model", "choose_threshold", "save_model",
+    "load_model", "predict", "results",
 )  # fmt: skip
 
 
@@ -128,14 +129,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: list[str]) -> None:
     train("--inspect")
     assert steps == [
-        "find_image_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
+        "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
         *["create_generator"] * 3, "create_model", "train_model", "predict", "choose_threshold",
         "save_model", "predict", "results",
     ]  # fmt: skip
     steps.clear()
     load("--inspect")
     assert steps == [
-        "find_image_pairs", "inspect", "plot_image_sizes", "load_model", "create_generator",
+        "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "load_model",
+        "create_generator",
         "predict", "results",
     ]  # fmt: skip
 
@@ -207,9 +209,23 @@ def test_bad_data_ends_in_a_sentence_and_status_2(
     assert train() == 2
     assert "1 masks without an image (ISIC_0000003)" in capsys.readouterr().err
     (tmp_path / "data" / "masks" / "ISIC_0000003_segmentation.png").unlink()
+
+
+def test_bad_files_are_listed_at_once_and_left_out_on_demand(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "data" / "images" / "ISIC_0000002.png").write_bytes(b"no image")
+    Image.new("L", (9, 9)).save(tmp_path / "data" / "masks" / "ISIC_0000005_segmentation.png")
     assert train() == 2
-    assert "ISIC_0000002.png: cannot be read as an image" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "ISIC_0000002.png: cannot be read as an image" in printed
+    assert "ISIC_0000005.png is 40 × 56" in printed
+    assert "Error: 2 of 12 pairs cannot be used (see above)" in printed
+    assert train("--skip-bad") == 0
+    summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
+    assert [Path(path).stem for path in summary["left_out"]] == ["ISIC_0000002", "ISIC_0000005"]
+    model = segment.load_model(tmp_path / "trained" / "model.keras")
+    assert sum(map(len, segment.model_record(model).split.values())) == 10
 
 
 def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(

@@ -87,13 +87,13 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path, make_pairs: 
 def test_geometry_turns_mirrors_scales_and_shifts_within_the_stated_ranges() -> None:
     turns, scales, mirrored, shifts = [], [], [], []
     for i in range(400):
-        a, b, c, d, e, f = segment._random_affine((100, 50), np.random.default_rng(i))
-        matrix = np.array([[a, b], [d, e]])
+        a, b, c, d, e, f = segment._random_affine((200, 100), (100, 50), np.random.default_rng(i))
+        matrix = np.array([[a, b], [d, e]]) / 2
         turns.append(math.atan2(b, e))
         scales.append(abs(np.linalg.det(matrix)) ** -0.5)
         mirrored.append(np.linalg.det(matrix) < 0)
-        # Where the old centre comes to lie: the solution of M (x, y) + (c, f) = (50, 25).
-        shifts.append(np.linalg.solve(matrix, np.subtract((50, 25), (c, f))) - (50, 25))
+        # Where the old centre comes to lie: the solution of M (x, y) + (c, f) = (100, 50).
+        shifts.append(np.linalg.solve(2 * matrix, np.subtract((100, 50), (c, f))) - (50, 25))
     assert np.histogram(turns, bins=8, range=(-math.pi, math.pi))[0].min() > 20
     assert 0.75 <= min(scales) < 0.78
     assert 2.1 < max(scales) <= 2.2
@@ -207,7 +207,7 @@ def test_images_are_decoded_once_if_all_of_them_fit(
         return decode(path, size)
 
     monkeypatch.setattr(segment, "load_input_image", spy)
-    need = 5 * 4 * SIZE[0] * SIZE[1]
+    need = 5 * 4 * (2 * SIZE[0]) * (2 * SIZE[1])
     for cache_bytes, times in ((need, 1), (need - 1, 3)):
         decoded.clear()
         batches = generator(pairs, shuffle=True, augment=True, cache_bytes=cache_bytes)

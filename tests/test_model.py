@@ -135,13 +135,10 @@ def test_an_image_is_normalized_by_itself_not_with_its_batch() -> None:
 
 
 def test_probabilities_are_float32_under_mixed_precision() -> None:
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        model = segment.create_model((16, 16), num_filters=2)
-    finally:
-        keras.config.set_dtype_policy(before)
+    model = segment.create_model((16, 16), num_filters=2, bfloat16=True)
     assert model.get_layer("level1_conv").compute_dtype == "bfloat16"
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+    assert keras.config.dtype_policy().name == "float32"
     assert model.predict(np.zeros((1, 16, 16, 3)), verbose=0).dtype == np.float32
 
 

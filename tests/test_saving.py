@@ -180,12 +180,7 @@ def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
 def test_without_the_optimizer_the_file_is_small_predicts_the_same_and_is_float32(
     tmp_path: Path,
 ) -> None:
-    policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        model = small_model()
-    finally:
-        keras.config.set_dtype_policy(policy)
+    model = segment.create_model((16, 32), num_filters=2, bfloat16=True)
     segment._compile(model)
     model.optimizer.build(model.trainable_variables)
     segment.save_model(model, tmp_path / "whole.keras", split=SPLIT)
