@@ -44,8 +44,17 @@ def train(
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Run:
-    """Runs the load driver on what `train` saved, with further options."""
+def saved(make_pairs: MakePairs, tmp_path: Path) -> Path:
+    """A model file as the train driver leaves it on 12 pairs, of which 9 were trained on."""
+    split = segment.train_val_test_split(*make_pairs(12), test_split=0.25)
+    path = tmp_path / "trained" / "model.keras"
+    segment.save_model(segment.create_model((32, 32), num_filters=2), path, split=split)
+    return path
+
+
+@pytest.fixture
+def load(tmp_path: Path, eager: None) -> Run:
+    """Runs the load driver on what `train` or `saved` left, with further options."""
 
     def run(*options: str) -> int:
         model, output = tmp_path / "trained" / "model.keras", tmp_path / "loaded"
@@ -165,9 +174,9 @@ def test_sizes_are_inspected_only_when_asked_for(train: Run, steps: list[str]) -
 
 
 def test_another_folder_is_scored_whole_only_with_all(
-    train: Run, load: Run, make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train()
+    saved: Path, load: Run, make_pairs: MakePairs, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     images, masks = make_pairs(4, folder="other")
     for paths in (images, masks):
         for path in map(Path, paths):
@@ -180,9 +189,8 @@ def test_another_folder_is_scored_whole_only_with_all(
 
 
 def test_training_images_in_a_test_are_never_passed_over_in_silence(
-    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train()
     assert load("--all") == 0
     assert "Warning: 9 of these images were used in training" in capsys.readouterr().err
     summary = json.loads((tmp_path / "loaded" / "summary.json").read_text())
@@ -283,8 +291,9 @@ def test_ctrl_c_before_the_first_epoch_does_not_claim_a_model(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train()
-    before = (tmp_path / "trained" / "model.keras").read_bytes()
+    model = tmp_path / "trained" / "model.keras"
+    segment.save_model(segment.create_model((16, 16)), model)
+    before = model.read_bytes()
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -292,7 +301,7 @@ def test_ctrl_c_before_the_first_epoch_does_not_claim_a_model(
     monkeypatch.setattr(segment, "save_model", interrupt)
     assert train() == 130
     assert "best epoch" not in capsys.readouterr().err
-    assert (tmp_path / "trained" / "model.keras").read_bytes() == before
+    assert model.read_bytes() == before
 
 
 def test_ctrl_c_and_a_missing_package_at_start_up_are_sentences_too(
@@ -322,10 +331,9 @@ def test_everything_can_be_trained_on_and_nothing_validated_or_tested(
 
 
 def test_the_trained_model_segments_a_folder_of_images_without_masks(
-    train: Run, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, make_pairs: MakePairs, tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train("--no-optimizer")
-    monkeypatch.setattr(segment, "PRETRAINED", tmp_path / "trained" / "model.keras")
+    monkeypatch.setattr(segment, "PRETRAINED", saved)
     make_pairs(3, folder="other")
     options = [*data(tmp_path, "other"), "--output", str(tmp_path / "out")]
     assert driver_load_evaluate.main(options[:2] + options[4:]) == 0
@@ -361,13 +369,13 @@ def test_prediction_and_threshold_are_chosen_on_validation_images_and_can_be_swi
 
 
 def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path: Path) -> None:
-    train()
-    first = tmp_path / "trained" / "model.keras"
+    first, then = tmp_path / "a.keras", tmp_path / "b.keras"
+    segment.save_model(segment.create_model((16, 16)), first)
     again = ["--image-size", "48", "32", "--start-from", str(first), "--bfloat16"]
-    assert train(*again, "--learning-rate", "1e-9", "--save", str(tmp_path / "b.keras")) == 0
-    one, two = (segment.load_model(path) for path in (first, tmp_path / "b.keras"))
-    assert two.input_shape == (None, 48, 32, 3)
+    assert train(*again, "--learning-rate", "1e-9", "--save", str(then)) == 0
+    one, two = map(segment.load_model, (first, then))
     assert two.get_layer("level1_conv").compute_dtype == "bfloat16"
+    assert two.input_shape == (None, 48, 32, 3)
     for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
