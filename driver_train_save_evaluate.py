@@ -79,8 +79,10 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             print(f"{count:6} images of {height} x {width} pixels (height x width)")
         # 3. Plot the occurrence of the sizes
         segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
+        for images in segment.find_same_lesions(image_paths, mask_paths):
+            print("One lesion:", *map(segment.image_id, images))
 
-    # 4. Split into training, validation and test set
+    # 4. Split into training, validation and test set, the images of one lesion on one side
     train, val, test = split = segment.train_val_test_split(
         image_paths, mask_paths,
         val_split=options.val_split, test_split=options.test_split, seed=options.seed,

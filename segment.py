@@ -45,19 +45,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter, ImageOps
-from scipy import ndimage, stats
+from scipy import ndimage, sparse, stats
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import shuffle
 
 __all__ = [  # noqa: RUF022, by the alphabet
     "check_pairs", "choose_threshold", "create_generator", "create_model", "describe_device",
     "dice_coefficient", "dice_cross_entropy_loss", "dice_loss", "estimate_dice", "find_image_pairs",
-    "find_images", "Finding", "image_id", "image_ids_seen", "IMAGE_SIZE", "ImageGenerator",
-    "inspect", "letterbox", "load_input_image", "load_model", "load_segmented_image", "METRICS",
-    "model_record", "ModelRecord", "plot_dice_histogram", "plot_history", "plot_image_sizes",
-    "plot_predictions", "predict", "restore_masks", "results", "save_figure", "save_masks",
-    "save_model", "score_masks", "SegmentError", "stored_test_split", "summarize", "train_model",
-    "train_val_test_split",
+    "find_images", "find_same_lesions", "Finding", "image_id", "image_ids_seen", "IMAGE_SIZE",
+    "ImageGenerator", "inspect", "letterbox", "load_input_image", "load_model",
+    "load_segmented_image", "METRICS", "model_record", "ModelRecord", "plot_dice_histogram",
+    "plot_history", "plot_image_sizes", "plot_predictions", "predict", "restore_masks", "results",
+    "save_figure", "save_masks", "save_model", "score_masks", "SegmentError", "stored_test_split",
+    "summarize", "train_model", "train_val_test_split",
 ]
 
 IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
@@ -66,6 +67,8 @@ METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
 PRETRAINED = Path(__file__).with_name("pretrained.keras")  # what load_model takes by default
 REPORTED = ("mean", "median", "p10", "min")  # what results prints of each score
+RINGS, ANGLES = 16, 64  # samples of a lesion, to tell whether two images show the same one
+SAME_LESION = 0.63  # of the likeness of two images: found on real ones, see the README
 BEST = "val_dice_coefficient"  # what the best epoch is best in
 
 Size = tuple[int, int]
@@ -490,8 +493,99 @@ def _find_duplicates(paths: list[str]) -> list[Finding]:
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Split
+# 3. Split: at random, the images of one lesion on one side
 # ----------------------------------------------------------------------------------------------
+
+
+def find_same_lesions(
+    image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]
+) -> list[list[str]]:
+    """Finds the images that show one lesion, which a split must not tear apart.
+
+    They may differ in light, colour, zoom and crop, be turned or mirrored. Each lesion is sampled
+    on circles around its centre, as wide as it is itself. A turn shifts the samples along the
+    circles and mirroring reverses them, and neither changes the magnitudes of their Fourier
+    coefficients: nearest neighbours by those are then correlated in every turn, mirrored or not.
+
+    Args:
+        image_paths: Image files.
+        mask_paths: Their masks, in the same order.
+
+    Returns:
+        The images of each lesion that occurs more than once. Images that are like more than four
+        others show a plain shape rather than one lesion, and one that cannot be read is like none.
+
+    Raises:
+        SegmentError: If the lists differ in length.
+    """
+    _check_lengths(image_paths, mask_paths)
+    pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
+    groups = _group([image for image, _ in pairs], _number_lesions(pairs))
+    return [images for images in groups if len(images) > 1]
+
+
+def _number_lesions(pairs: Sequence[Pair]) -> Sequence[int]:
+    """A number for each pair, the same for all that show one lesion."""
+    if len(pairs) < 2:
+        return range(len(pairs))
+    with ThreadPoolExecutor() as pool:
+        prints = np.stack(list(pool.map(_lesion_print, pairs)))
+    magnitudes = np.abs(prints).reshape(len(pairs), -1)
+    search = NearestNeighbors(n_neighbors=min(8, len(pairs) - 1), algorithm="brute")
+    neighbors = search.fit(magnitudes).kneighbors(return_distance=False)  # (pairs, 8)
+    alike = np.stack([_likeness(prints, prints[column]) for column in neighbors.T], 1)
+    alike = alike >= SAME_LESION
+    crowded = alike.sum(1) > 4
+    pair, column = np.nonzero(alike & ~crowded[:, None] & ~crowded[neighbors])
+    links = sparse.coo_array(
+        (np.ones(len(pair)), (pair, neighbors[pair, column])), (len(pairs), len(pairs))
+    )
+    numbers: list[int] = sparse.csgraph.connected_components(links, directed=False)[1].tolist()
+    return numbers
+
+
+def _lesion_print(pair: Pair) -> NDArray[np.complex64]:
+    """Fourier coefficients of a lesion on circles around its centre, `(RINGS, ANGLES / 2 + 1)`.
+
+    A band-pass takes light and colour away, the weights the plain ellipse that most lesions are.
+    """
+    try:
+        image, mask = load_input_image(pair[0]), load_segmented_image(pair[1])[..., 0]
+    except SegmentError:
+        return np.zeros((RINGS, ANGLES // 2 + 1), np.complex64)
+    rows, columns = np.nonzero(mask if mask.any() else np.ones_like(mask))
+    y, x, reach = rows.mean(), columns.mean(), 1.4 * math.sqrt(len(rows) / math.pi)
+    box = tuple(round(side) for side in (x - reach, y - reach, x + reach, y + reach))
+    patch = Image.fromarray(image).convert("L").crop(box)
+    grey = np.asarray(patch.resize((64, 64), Image.Resampling.BILINEAR), np.float32)
+    inside = ndimage.binary_erosion(grey > 20).astype(np.float32)  # neither padding nor vignette
+    fine, coarse = (
+        ndimage.gaussian_filter(grey * inside, sigma)
+        / (ndimage.gaussian_filter(inside, sigma) + 1e-3)
+        for sigma in (1, 4)
+    )
+    radius = np.linspace(2, 31, RINGS)[:, None]
+    angle = np.linspace(0, 2 * math.pi, ANGLES, endpoint=False)
+    points = 31.5 + radius * np.sin(angle), 31.5 + radius * np.cos(angle)
+    rings = ndimage.map_coordinates((fine - coarse) * inside, points, order=1)
+    rings = np.clip(rings / (rings.std() + 1e-3), -2.5, 2.5) * np.sqrt(radius)
+    spectrum = np.fft.rfft(rings) * np.minimum(1, np.arange(ANGLES // 2 + 1) / 8)
+    return (spectrum / (np.linalg.norm(spectrum) + 1e-6)).astype(np.complex64)
+
+
+def _likeness(prints: Array, others: Array) -> Array:
+    """The highest correlation over all turns, mirrored or not: 1 for the same picture."""
+    turns = (np.fft.irfft((a * others.conj()).sum(1), ANGLES) for a in (prints, prints.conj()))
+    best: Array = ANGLES / 2 * np.maximum(*(turn.max(1) for turn in turns))
+    return best
+
+
+def _group(items: Sequence[Any], numbers: Sequence[int]) -> list[list[Any]]:
+    """The items of each number, in the order of their first ones."""
+    groups: dict[int, list[Any]] = {}
+    for item, number in zip(items, numbers, strict=True):
+        groups.setdefault(number, []).append(item)
+    return list(groups.values())
 
 
 def train_val_test_split(
@@ -501,6 +595,7 @@ def train_val_test_split(
     val_split: float = 0.2,
     test_split: float = 0.03,
     seed: int = 0,
+    group: bool = True,
 ) -> tuple[Pairs, Pairs, Pairs]:
     """Splits pairs at random into a training, a validation and a test set.
 
@@ -511,10 +606,11 @@ def train_val_test_split(
         test_split: Share of all that tests, in [0, 1). Counts are rounded down, but a share
             above 0 gets at least one pair.
         seed: The same seed gives the same split.
+        group: Whether images that `find_same_lesions` takes for one lesion stay together.
 
     Returns:
-        `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs.
-        Every pair is in exactly one of them.
+        `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs, or
+        the nearest below that the lesions allow. Every pair is in exactly one of them.
 
     Raises:
         SegmentError: If the lists differ in length, a share is out of range, or nothing is left
@@ -525,18 +621,25 @@ def train_val_test_split(
     for name, share in {"val_split": val_split, "test_split": test_split}.items():
         _require(0 <= share < 1, f"{name} is {share}: expected a share from 0 to below 1.")
     pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
-    rest, test = _draw(pairs, test_split, seed)
+    lesions = _group(pairs, _number_lesions(pairs) if group else range(len(pairs)))
+    rest, test = _draw(lesions, test_split, seed)
     train, val = _draw(rest, val_split, seed)
     _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
-def _draw(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Splits off a random `share` of the pairs: `(rest, drawn)`."""
-    count = max(1, math.floor(share * len(pairs) + 1e-9)) if share else 0  # 0.29 * 100 is 28.99...
-    if not 0 < count < len(pairs):  # which scikit-learn refuses
-        return pairs[count:], pairs[:count]
-    rest, drawn = train_test_split(pairs, test_size=count, random_state=seed)
+def _draw(
+    lesions: list[list[Pair]], share: float, seed: int
+) -> tuple[list[list[Pair]], list[list[Pair]]]:
+    """Draws lesions at random until they hold a `share` of the pairs: `(rest, drawn)`."""
+    count = sum(map(len, lesions))
+    wanted = max(1, math.floor(share * count + 1e-9)) if share else 0  # 0.29 * 100 is 28.99...
+    rest: list[list[Pair]] = []
+    drawn: list[list[Pair]] = []
+    for lesion in shuffle(lesions, random_state=seed):
+        fits = len(lesion) <= wanted
+        wanted -= fits * len(lesion)
+        (drawn if fits else rest).append(lesion)
     return rest, drawn
 
 
@@ -544,7 +647,8 @@ def _check_seed(seed: int) -> None:
     _require(seed in range(2**32), f"seed is {seed}: expected a whole number from 0 to 2^32 - 1.")
 
 
-def _unzip(pairs: Sequence[Pair]) -> Pairs:
+def _unzip(lesions: Sequence[Sequence[Pair]]) -> Pairs:
+    pairs = [pair for lesion in lesions for pair in lesion]
     return [image for image, _ in pairs], [mask for _, mask in pairs]
 
 
@@ -1416,7 +1520,7 @@ def stored_test_split(
         f"test images are not among the {len(found)} images ({_shorten(missing)}). Give that "
         "folder, or score every image of this one (with --all).",
     )
-    return _unzip([found[name] for name in names])
+    return _unzip([[found[name] for name in names]])
 
 
 def image_ids_seen(model: keras.Model, image_paths: Sequence[StrPath]) -> list[str]:

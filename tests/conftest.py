@@ -20,13 +20,15 @@ MakePairs = Callable[..., segment.Pairs]
 
 
 def draw_lesion(size: tuple[int, int], seed: int) -> tuple[Image.Image, Image.Image]:
-    """A dark ellipse on bright, noisy skin and its mask; `size` is `(height, width)`."""
+    """A dark, jagged spot on bright, noisy skin and its mask; `size` is `(height, width)`."""
     rng = np.random.default_rng(seed)
     height, width = size
     mask = Image.new("L", (width, height))
-    x, y = rng.uniform(0.35, 0.65, 2) * (width, height)
-    a, b = rng.uniform(0.15, 0.3, 2) * (width, height)
-    ImageDraw.Draw(mask).ellipse((x - a, y - b, x + a, y + b), fill=255)
+    center = rng.uniform(0.4, 0.6, 2) * (width, height)
+    angle = np.linspace(0, 2 * np.pi, 14, endpoint=False)
+    reach = rng.uniform(0.13, 0.38, (14, 1)) * (width, height)
+    rim = center + reach * np.stack([np.cos(angle), np.sin(angle)], 1)
+    ImageDraw.Draw(mask).polygon([(x, y) for x, y in rim], fill=255)
     skin = Image.new("RGB", (width, height), (222, 180, 160))
     skin.paste((110, 60, 40), mask=mask)
     noisy = np.asarray(skin) + rng.normal(0, 4, (height, width, 3))

@@ -109,9 +109,9 @@ def test_everything_documented_is_written(train: Run, tmp_path: Path) -> None:
 
 
 STEPS = (
-    "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
-    "create_generator", "create_model", "train_model", "choose_threshold", "save_model",
-    "load_model", "predict", "results",
+    "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
+    "train_val_test_split", "create_generator", "create_model", "train_model", "choose_threshold",
+    "save_model", "load_model", "predict", "results",
 )  # fmt: skip
 
 
@@ -138,16 +138,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: list[str]) -> None:
     train("--inspect")
     assert steps == [
-        "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "train_val_test_split",
-        *["create_generator"] * 3, "create_model", "train_model", "predict", "choose_threshold",
-        "save_model", "predict", "results",
+        "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
+        "train_val_test_split", *["create_generator"] * 3, "create_model", "train_model",
+        "predict", "choose_threshold", "save_model", "predict", "results",
     ]  # fmt: skip
     steps.clear()
     load("--inspect")
     assert steps == [
         "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "load_model",
-        "create_generator",
-        "predict", "results",
+        "create_generator", "predict", "results",
     ]  # fmt: skip
 
 
