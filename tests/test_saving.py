@@ -189,8 +189,9 @@ def test_without_the_optimizer_the_file_is_small_predicts_the_same_and_is_float3
     assert not bare.compiled
     assert {layer.compute_dtype for layer in bare.layers} == {"float32"}
     assert segment.model_record(bare).split == segment.model_record(model).split
-    np.testing.assert_allclose(
-        bare.predict(images(), verbose=0), model.predict(images(), verbose=0), atol=0.03
-    )
+    for kept, weight in zip(bare.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(kept, weight)
+    rounding = bare.predict(images(), verbose=0) - model.predict(images(), verbose=0)
+    assert np.abs(rounding).mean() < 0.02  # bfloat16 has three digits
     sizes = [(tmp_path / f"{name}.keras").stat().st_size for name in ("whole", "bare")]
     assert sizes[1] < sizes[0]
