@@ -51,6 +51,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
     # 4. Load the trained model, and with it the names of its test set
     model = segment.load_model(options.model or segment.PRETRAINED)
+    record = segment.model_record(model)
+    record.threshold = options.threshold or record.threshold
     seen: list[str] = []
     if mask_paths is not None and options.model is not None and not options.all:
         image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
@@ -71,7 +73,6 @@ def load_evaluate(options: argparse.Namespace) -> None:
     )
 
     # 6. Show the results
-    record = segment.model_record(model)
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
                     threshold=record.threshold, history=record.history, output_dir=output,
                     notes={"model": str(options.model or segment.PRETRAINED.name),
@@ -98,11 +99,16 @@ def parse_common_options(
         help="predict the mean of the four mirrorings of each image (default: yes)")
     add("--one-region", action=argparse.BooleanOptionalAction, default=True,
         help="keep one region of each mask and fill its holes (default: yes)")
+    add("--threshold", type=float, metavar="P",
+        help="probability from which a pixel is lesion (default: the one in the model file, which "
+             "training chooses on the validation images)")
     add("--output", default=output, metavar="DIR",
         help="folder for everything that is written (default: %(default)s)")
     add("--num-imgs", type=natural, default=4, metavar="N",
         help="test images to draw, and as many of the worst (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.threshold is not None and not 0 < options.threshold < 1:
+        parser.error(f"--threshold {options.threshold}: expected a probability between 0 and 1")
     if options.image_dir is None and options.mask_dir is not None:
         parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
     if options.image_dir is None:

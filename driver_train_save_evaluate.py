@@ -114,8 +114,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         if os.path.exists(options.save) and os.path.getmtime(options.save) >= began:
             print(f"\nThe best epoch so far is in {options.save}", file=sys.stderr)
         raise
-    threshold = None
-    if val_generator is not None:
+    threshold = options.threshold
+    if threshold is None and val_generator is not None:
         validation = segment.predict(
             model, val_generator, mirror=options.mirror, one_region=options.one_region
         )

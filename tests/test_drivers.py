@@ -379,6 +379,20 @@ def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_a_threshold_can_be_given_to_both_drivers(
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--threshold", "0.6") == 0
+    summaries = [tmp_path / folder / "summary.json" for folder in ("trained", "loaded")]
+    assert load() == 0
+    assert [json.loads(path.read_text())["threshold"] for path in summaries] == [0.6, 0.6]
+    assert load("--threshold", "0.01") == 0
+    assert json.loads(summaries[1].read_text())["sensitivity"]["min"] == 1
+    with pytest.raises(SystemExit):
+        load("--threshold", "1.5")
+    assert "--threshold 1.5: expected a probability" in capsys.readouterr().err
+
+
 def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     sample = ["--image-dir", "images/sample/input", "--mask-dir", "images/sample/truth"]
