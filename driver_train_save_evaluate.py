@@ -39,6 +39,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of split, weights, order and augmentation (default: %(default)s)")
     add("--bfloat16", action="store_true",
         help="compute in bfloat16 where that is safe: faster on recent processors and GPUs")
+    add("--resume", action="store_true",
+        help="go on with a training of the same options that was killed, from OUTPUT/last.keras")
     add("--start-from", metavar="FILE.keras", help="begin with the weights of this model")
     add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
     add("--no-optimizer", dest="optimizer", action="store_false",
@@ -104,11 +106,14 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     # 7. Train it, the best epoch so far in the file; then save it with its whole history
     began = time.time()
+    if not options.resume and os.path.exists(output / "last.keras"):
+        os.remove(output / "last.keras")
     try:
         segment.train_model(
             model, train_generator, val_generator, options.epochs,
             learning_rate=options.learning_rate,
             save_path=options.save, split=split, log_path=output / "training.csv",
+            resume_path=output / "last.keras",
         )
     except KeyboardInterrupt:
         if os.path.exists(options.save) and os.path.getmtime(options.save) >= began:

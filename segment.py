@@ -1084,6 +1084,7 @@ def train_model(
     save_path: StrPath | None = None,
     split: Sequence[Pairs] | None = None,
     log_path: StrPath | None = None,
+    resume_path: StrPath | None = None,
     verbose: str | int = "auto",
 ) -> keras.callbacks.History:
     """Trains a new model, or goes on with one that was trained before.
@@ -1104,7 +1105,10 @@ def train_model(
         learning_rate: Peak of the learning rate.
         save_path: `.keras` file that from the end of the first epoch on holds the best one so far.
         split: `(train, val, test)` as `train_val_test_split` returned it, for the file.
-        log_path: CSV file that gets a line an epoch, appended to if the model goes on.
+        log_path: CSV file with a line an epoch, those before included.
+        resume_path: `.keras` file that holds the last epoch. If it is there already, a training
+            that was killed goes on from it to the same end: the same weights, where the backend
+            computes alike twice. Its best epoch is in `save_path`, which it needs.
         verbose: Progress display, as in `keras.Model.fit`.
 
     Returns:
@@ -1124,13 +1128,20 @@ def train_model(
             _masks_of(generator)
     _check_file_to_write(save_path, ".keras")
     _check_file_to_write(log_path)
+    _check_file_to_write(resume_path, ".keras")
     _compile(model)
     if split is not None:
         model_record(model).split = _split_names(split)
-    begun = len(model_record(model).history.get("loss", ()))
-    end = begun + epochs
+    end = _count_epochs(model) + epochs
+    resumed = resume_path is not None and Path(resume_path).exists()
+    if resumed:
+        _resume(model, str(resume_path))
+    begun = _count_epochs(model)
     with tempfile.TemporaryDirectory() as folder:
-        best_epoch = _BestEpoch(train_generator, Path(save_path or f"{folder}/best.keras"))
+        best_epoch = _BestEpoch(
+            train_generator, Path(save_path or f"{folder}/best.keras"),
+            log_path, resume_path, resumed,
+        )  # fmt: skip
         callbacks = [
             keras.callbacks.TerminateOnNaN(),
             keras.callbacks.LearningRateScheduler(
@@ -1138,8 +1149,6 @@ def train_model(
             ),
             best_epoch,
         ]
-        if log_path is not None:
-            callbacks.append(keras.callbacks.CSVLogger(log_path, append=begun > 0))
         try:
             with _naming_the_file(train_generator, val_generator):
                 return model.fit(
@@ -1172,28 +1181,63 @@ def _compile(model: keras.Model) -> None:
     )
 
 
-class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Records every epoch in the model's record and keeps the best one in a file.
+def _count_epochs(model: keras.Model) -> int:
+    return len(model_record(model).history.get("loss", ()))
 
-    Unlike `keras.callbacks.ModelCheckpoint` it writes the file whole or not at all, with the record
-    in it, and puts the best epoch back into the model.
+
+def _resume(model: keras.Model, path: str) -> None:
+    """Puts weights, optimizer and record of a training that was interrupted into a model."""
+    earlier = load_model(path)
+    shapes, expected = ([weight.shape for weight in unet.weights] for unet in (earlier, model))
+    _require(
+        shapes == expected and model_record(earlier).split == model_record(model).split,
+        f"{path} is of another network, other images or another split: give the options of the "
+        "training that was interrupted, or begin anew.",
+    )
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(path)
+    model.record = model_record(earlier)
+
+
+class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Records every epoch in the model's record and keeps the best and the last one in files.
+
+    Unlike `keras.callbacks.ModelCheckpoint`, `BackupAndRestore` and `CSVLogger` it writes files
+    whole or not at all, with the record in them, and puts the best epoch back into the model.
     """
 
-    def __init__(self, train_generator: Any, path: Path) -> None:
+    def __init__(
+        self,
+        train_generator: Any,
+        path: Path,
+        log_path: StrPath | None = None,
+        resume_path: StrPath | None = None,
+        resumed: bool = False,
+    ) -> None:
         super().__init__()
         self.train_generator = train_generator
         self.path = path
+        self.log_path = log_path
+        self.resume_path = resume_path
+        self.resumed = resumed
         self.best: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        """Takes a model that goes on for the best so far."""
+        """Takes a model that goes on for the best so far, unless that was interrupted."""
         earlier = _epoch_scores(model_record(self.model).history)
-        if earlier:
+        if self.resumed and self.path.is_file():
+            self.best = max(_epoch_scores(_read_record(self.path).history))
+        elif earlier:
             self._keep(max(earlier))
+        self._write_log()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        """Ties the generator's randomness to the number of the epoch."""
+        """Ties all randomness to the number of the epoch: what the generator and dropout draw."""
         self.train_generator.epoch = epoch
+        seed = getattr(self.train_generator, "seed", 0)
+        for i, layer in enumerate(self.model.layers):
+            if isinstance(layer, layers.Dropout) and layer.seed_generator is not None:
+                layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         """Records the epoch, and keeps it if it is the best."""
@@ -1210,6 +1254,19 @@ class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         score = _epoch_scores(history)[-1]
         if self.best is None or score > self.best:
             self._keep(score)
+        if self.resume_path is not None:
+            save_model(self.model, self.resume_path)
+        self._write_log()
+
+    def _write_log(self) -> None:
+        history, count = model_record(self.model).history, _count_epochs(self.model)
+        if self.log_path is None or not history:
+            return
+        # A curve that began in a later epoch is empty before it.
+        columns: dict[str, list[Any]] = {"epoch": list(range(count))}
+        columns |= {name: [""] * (count - len(curve)) + curve for name, curve in history.items()}
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
+        _write_text(Path(self.log_path), _table(rows))
 
     def _keep(self, best: float) -> None:
         save_model(self.model, self.path)

@@ -104,8 +104,23 @@ def test_everything_documented_is_written(train: Run, tmp_path: Path) -> None:
     train("--inspect")
     assert set(os.listdir(tmp_path / "trained")) == {
         "image_sizes.png", "model.keras", "training.csv", "scores.csv", "summary.json", "masks",
-        "predictions.png", "worst.png", "histogram.png", "training.png",
+        "predictions.png", "worst.png", "histogram.png", "training.png", "last.keras",
     }  # fmt: skip
+
+
+def test_a_training_that_was_killed_goes_on_with_resume(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "choose_threshold", segment._subplots)  # fails after training
+    with pytest.raises(TypeError):
+        train()
+    monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.5)
+    assert train("--resume", "--epochs", "3") == 0
+    assert train("--resume", "--epochs", "3") == 0
+    lines = (tmp_path / "trained" / "training.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", "0", "1", "2"]
+    assert train() == 0
+    assert len((tmp_path / "trained" / "training.csv").read_text().splitlines()) == 2
 
 
 STEPS = (

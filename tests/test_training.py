@@ -267,3 +267,68 @@ def test_a_model_compiled_by_hand_keeps_the_epoch_of_the_lowest_loss(make_pairs:
     assert model.evaluate(val, verbose=0) == pytest.approx(min(losses), abs=1e-6)
     figure = segment.plot_history(segment.model_record(model).history)
     assert [axes.get_title() for axes in figure.axes] == ["Loss"]
+
+
+def train_from(
+    folder: Path, make_pairs: MakePairs, epochs: int = 4, **options: Any
+) -> tuple[keras.Model, list[dict[str, str]]]:
+    """Trains with every file in `folder`; returns the model and the log."""
+    images, masks = (
+        segment.find_image_pairs(*(folder.parent / "data" / name for name in ("images", "masks")))
+        if (folder.parent / "data").exists()
+        else make_pairs(6)
+    )
+    shape: dict[str, Any] = {"image_size": SIZE, "batch_size": 2}
+    train = segment.create_generator(images[:4], masks[:4], shuffle=True, augment=True, **shape)
+    val = segment.create_generator(images[4:], masks[4:], **shape)
+    model = options.pop("model", None) or new_model()
+    paths: dict[str, Any] = {
+        "save_path": "best.keras",
+        "log_path": "log.csv",
+        "resume_path": "last.keras",
+    }
+    segment.train_model(
+        model, train, val, epochs, learning_rate=0.01, verbose=0,
+        **{name: folder / path for name, path in paths.items()}, **options,
+    )  # fmt: skip
+    with open(folder / "log.csv", newline="") as file:
+        return model, list(csv.DictReader(file))
+
+
+def test_a_training_killed_at_any_point_ends_like_one_that_was_not(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, log = train_from(tmp_path / "whole", make_pairs)
+    real, kills = segment._written_whole, iter((1, 2, 4, 5, 3))
+    writes: list[int] = []
+
+    def killed(path: Any) -> Any:  # before the first, the second, ... file of a run is written
+        writes[0] -= 1
+        if writes[0] == 0:
+            raise SystemExit("killed")
+        return real(path)
+
+    monkeypatch.setattr(segment, "_written_whole", killed)
+    for kill in kills:
+        writes[:] = [kill]
+        with pytest.raises(SystemExit):
+            train_from(tmp_path / "killed", make_pairs)
+    writes[:] = [1000]
+    model, killed_log = train_from(tmp_path / "killed", make_pairs)
+    assert killed_log == log
+    assert [row["epoch"] for row in log] == ["0", "1", "2", "3"]
+    for there, here in zip(whole.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(there, here)
+    finished, again = train_from(tmp_path / "killed", make_pairs)  # nothing is left to do
+    assert again == log
+    np.testing.assert_array_equal(finished.get_weights()[0], whole.get_weights()[0])
+
+
+def test_another_training_is_not_gone_on_with(make_pairs: MakePairs, tmp_path: Path) -> None:
+    folder, split = tmp_path / "run", [(["a.png"], ["a.png"]), ([], []), ([], [])]
+    train_from(folder, make_pairs, 1)
+    with pytest.raises(segment.SegmentError, match=r"last\.keras is of another network, other"):
+        train_from(folder, make_pairs, split=split)
+    wide = segment.create_model(SIZE, num_filters=3)
+    with pytest.raises(segment.SegmentError, match=r"last\.keras is of another network, other"):
+        train_from(folder, make_pairs, model=wide)
