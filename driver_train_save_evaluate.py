@@ -37,6 +37,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="peak of the learning rate (default: %(default)s)")
     add("--seed", type=natural, default=0,
         help="of split, weights, order and augmentation (default: %(default)s)")
+    add("--deterministic", action="store_true",
+        help="train the same model from the same seed, to the last bit; slower on a GPU")
     add("--bfloat16", action="store_true",
         help="compute in bfloat16 where that is safe: faster on recent processors and GPUs")
     add("--resume", action="store_true",
@@ -67,6 +69,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     with quiet_startup():
         keras.utils.set_random_seed(options.seed)
+        if options.deterministic:
+            segment.make_deterministic()
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks
@@ -101,6 +105,11 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     # 6. Create a new UNet
     model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
+    segment.model_record(model).origin = {
+        "options": vars(options), "device": segment.describe_device(), "left_out": left_out,
+        "sha256_of_images": segment.checksum(image_paths),
+        "sha256_of_masks": segment.checksum(mask_paths),
+    }  # fmt: skip
     if options.start_from:
         model.set_weights(segment.load_model(options.start_from).get_weights())
 

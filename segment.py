@@ -51,14 +51,14 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import shuffle
 
 __all__ = [  # noqa: RUF022, by the alphabet
-    "check_pairs", "choose_threshold", "create_generator", "create_model", "describe_device",
-    "dice_coefficient", "dice_cross_entropy_loss", "dice_loss", "estimate_dice", "find_image_pairs",
-    "find_images", "find_same_lesions", "Finding", "image_id", "image_ids_seen", "IMAGE_SIZE",
-    "ImageGenerator", "inspect", "letterbox", "load_input_image", "load_model",
-    "load_segmented_image", "METRICS", "model_record", "ModelRecord", "plot_dice_histogram",
-    "plot_history", "plot_image_sizes", "plot_predictions", "predict", "restore_masks", "results",
-    "save_figure", "save_masks", "save_model", "score_masks", "SegmentError", "stored_test_split",
-    "summarize", "train_model", "train_val_test_split",
+    "check_pairs", "checksum", "choose_threshold", "create_generator", "create_model",
+    "describe_device", "dice_coefficient", "dice_cross_entropy_loss", "dice_loss", "estimate_dice",
+    "find_image_pairs", "find_images", "find_same_lesions", "Finding", "image_id", "image_ids_seen",
+    "IMAGE_SIZE", "ImageGenerator", "inspect", "letterbox", "load_input_image", "load_model",
+    "load_segmented_image", "make_deterministic", "METRICS", "model_record", "ModelRecord",
+    "plot_dice_histogram", "plot_history", "plot_image_sizes", "plot_predictions", "predict",
+    "restore_masks", "results", "save_figure", "save_masks", "save_model", "score_masks",
+    "SegmentError", "stored_test_split", "summarize", "train_model", "train_val_test_split",
 ]
 
 IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
@@ -475,6 +475,16 @@ def _oddities(mask: Array) -> list[str]:
         f"has holes ({holes})": holes > 0,
     }
     return [what for what, odd in found.items() if odd]
+
+
+def checksum(paths: Sequence[StrPath]) -> str:
+    """SHA-256 of the names and contents of files, in their order."""
+
+    def digest(path: StrPath) -> bytes:
+        return Path(path).name.encode() + hashlib.sha256(Path(path).read_bytes()).digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, paths))).hexdigest()
 
 
 def _find_duplicates(paths: list[str]) -> list[Finding]:
@@ -1119,16 +1129,9 @@ def train_model(
         SegmentError: If `epochs` or `learning_rate` is not positive, the generators do not fit the
             model, a file cannot be loaded or written, or the loss is not a finite number.
     """
-    _require(epochs >= 1, f"epochs is {epochs}: expected 1 or more.")
-    positive = 0 < learning_rate < math.inf
-    _require(positive, f"learning_rate is {learning_rate}: expected a number above 0.")
-    for generator in (train_generator, val_generator):
-        if isinstance(generator, ImageGenerator):  # and not some data set of the user's own
-            _check_frame(model, generator)
-            _masks_of(generator)
-    _check_file_to_write(save_path, ".keras")
-    _check_file_to_write(log_path)
-    _check_file_to_write(resume_path, ".keras")
+    _check_training(model, (train_generator, val_generator), epochs, learning_rate)
+    for path, suffix in ((save_path, ".keras"), (resume_path, ".keras"), (log_path, "")):
+        _check_file_to_write(path, suffix)
     _compile(model)
     if split is not None:
         model_record(model).split = _split_names(split)
@@ -1136,28 +1139,34 @@ def train_model(
     resumed = resume_path is not None and Path(resume_path).exists()
     if resumed:
         _resume(model, str(resume_path))
-    begun = _count_epochs(model)
+    schedule = keras.callbacks.LearningRateScheduler(
+        lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
+    )
     with tempfile.TemporaryDirectory() as folder:
-        best_epoch = _BestEpoch(
-            train_generator, Path(save_path or f"{folder}/best.keras"),
-            log_path, resume_path, resumed,
-        )  # fmt: skip
-        callbacks = [
-            keras.callbacks.TerminateOnNaN(),
-            keras.callbacks.LearningRateScheduler(
-                lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
-            ),
-            best_epoch,
-        ]
+        best_path = Path(save_path or f"{folder}/best.keras")
+        keeper = _EpochKeeper(train_generator, best_path, log_path, resume_path, resumed)
         try:
             with _naming_the_file(train_generator, val_generator):
                 return model.fit(
-                    train_generator, validation_data=val_generator, callbacks=callbacks,
-                    initial_epoch=begun, epochs=end, verbose=verbose,
+                    train_generator, validation_data=val_generator,
+                    callbacks=[keras.callbacks.TerminateOnNaN(), schedule, keeper],
+                    initial_epoch=_count_epochs(model), epochs=end, verbose=verbose,
                     shuffle=False,  # the generator shuffles by itself
                 )  # fmt: skip
         finally:
-            best_epoch.restore()
+            keeper.restore()
+
+
+def _check_training(
+    model: keras.Model, generators: Iterable[Any], epochs: int, learning_rate: float
+) -> None:
+    _require(epochs >= 1, f"epochs is {epochs}: expected 1 or more.")
+    positive = 0 < learning_rate < math.inf
+    _require(positive, f"learning_rate is {learning_rate}: expected a number above 0.")
+    for generator in generators:
+        if isinstance(generator, ImageGenerator):  # and not some data set of the user's own
+            _check_frame(model, generator)
+            _masks_of(generator)
 
 
 def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
@@ -1199,7 +1208,7 @@ def _resume(model: keras.Model, path: str) -> None:
     model.record = model_record(earlier)
 
 
-class _BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
+class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
     """Records every epoch in the model's record and keeps the best and the last one in files.
 
     Unlike `keras.callbacks.ModelCheckpoint`, `BackupAndRestore` and `CSVLogger` it writes files
@@ -1414,6 +1423,19 @@ def describe_device() -> str:
     return f"{device} ({backend} {sys.modules[backend].__version__}, Keras {keras.__version__})"
 
 
+def make_deterministic() -> None:
+    """Has TensorFlow or PyTorch use algorithms alone that compute the same twice, to the last bit.
+
+    JAX does so on the CPU by itself; on a GPU it needs `--xla_gpu_deterministic_ops` in
+    `XLA_FLAGS`. Seeds are set by `keras.utils.set_random_seed`.
+    """
+    backend = sys.modules[keras.backend.backend()]
+    if keras.backend.backend() == "tensorflow":
+        backend.config.experimental.enable_op_determinism()
+    elif keras.backend.backend() == "torch":
+        backend.use_deterministic_algorithms(True)
+
+
 # ----------------------------------------------------------------------------------------------
 # 8. Saving: network, split, threshold and history in one .keras file
 # ----------------------------------------------------------------------------------------------
@@ -1430,6 +1452,7 @@ class ModelRecord:
         split: File names of the images under `"train"`, `"val"` and `"test"`.
         threshold: Probability from which a pixel is lesion, in 0..1.
         history: A value an epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on.
+        origin: How the model came about, as far as told: options, versions, checksum of the data.
         geometry: How images were fitted into the frame.
         format: Version of the record.
     """
@@ -1437,6 +1460,7 @@ class ModelRecord:
     split: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     threshold: float = 0.5
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     geometry: str = "letterbox"
     format: int = RECORD_FORMAT
 
@@ -1542,6 +1566,7 @@ def _read_record(path: StrPath) -> ModelRecord:
         split={part: [str(name) for name in names] for part, names in fields["split"].items()},
         threshold=_check_threshold(float(fields["threshold"])),
         history={name: list(map(float, curve)) for name, curve in fields["history"].items()},
+        origin=dict(fields.get("origin", {})),
     )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import hashlib
 import json
 import os
 import re
@@ -286,13 +287,13 @@ def test_ctrl_c_leaves_the_best_model_and_ends_with_130(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    keep = segment._BestEpoch.on_epoch_end
+    keep = segment._EpochKeeper.on_epoch_end
 
     def interrupt(self: Any, epoch: int, logs: Any = None) -> None:
         keep(self, epoch, logs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(segment._BestEpoch, "on_epoch_end", interrupt)
+    monkeypatch.setattr(segment._EpochKeeper, "on_epoch_end", interrupt)
     assert train("--epochs", "9") == 130
     assert "The best epoch so far is in" in capsys.readouterr().err
     model = segment.load_model(tmp_path / "trained" / "model.keras")
@@ -392,6 +393,25 @@ def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path:
     assert two.input_shape == (None, 48, 32, 3)
     for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
+    train: Run, tmp_path: Path
+) -> None:
+    weights, scores = [], []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.keras"
+        assert train("--deterministic", "--seed", "3", "--epochs", "2", "--save", str(path)) == 0
+        model = segment.load_model(path)
+        weights.append(np.concatenate([weight.ravel() for weight in model.get_weights()]))
+        scores.append(rows(tmp_path / "trained"))
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert scores[0] == scores[1]
+    origin = segment.model_record(model).origin
+    assert origin["options"]["seed"] == 3
+    images = sorted((tmp_path / "data" / "images").iterdir())
+    told = b"".join(p.name.encode() + hashlib.sha256(p.read_bytes()).digest() for p in images)
+    assert origin["sha256_of_images"] == hashlib.sha256(told).hexdigest()
 
 
 def test_a_threshold_can_be_given_to_both_drivers(

@@ -156,7 +156,7 @@ def test_a_first_save_that_fails_never_brings_back_an_older_file(
 def test_a_validation_loss_that_is_not_a_number_is_never_the_best_epoch(
     make_pairs: MakePairs, tmp_path: Path
 ) -> None:
-    callback = segment._BestEpoch(None, tmp_path / "best.keras")
+    callback = segment._EpochKeeper(None, tmp_path / "best.keras")
     callback.set_model(new_model())
     logs = {"loss": 0.5, "val_loss": math.nan, segment.BEST: 0.9, "learning_rate": 0.001}
     with pytest.raises(segment.SegmentError, match="loss became nan in epoch 1"):
@@ -168,14 +168,14 @@ def test_an_interruption_leaves_the_best_epoch_in_the_file(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, val = generators(make_pairs)
-    keep = segment._BestEpoch.on_epoch_end
+    keep = segment._EpochKeeper.on_epoch_end
 
     def interrupt(self: Any, epoch: int, logs: Any = None) -> None:
         keep(self, epoch, logs)
         if epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(segment._BestEpoch, "on_epoch_end", interrupt)
+    monkeypatch.setattr(segment._EpochKeeper, "on_epoch_end", interrupt)
     model = new_model()
     with pytest.raises(KeyboardInterrupt):
         segment.train_model(model, train, val, 5, save_path=tmp_path / "a.keras", verbose=0)
