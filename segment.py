@@ -1535,6 +1535,7 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     whole = Path(path).suffix == ".keras" and zipfile.is_zipfile(path)
     _require(whole, f"{path}: not a .keras file, or cut short; give one that save_model wrote.")
     try:
+        _check_members(path)
         model = keras.saving.load_model(path, safe_mode=True)
         model.record = _read_record(path)
         shapes = model.input_shape, model.output_shape
@@ -1549,6 +1550,20 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
             "(None, height, width, 1), as create_model makes it."
         )
     return model
+
+
+def _check_members(path: StrPath) -> None:
+    """Refuses what a model file does not need, or would fill the memory, before reading it."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    expected = {"metadata.json", "config.json", "model.weights.h5", RECORD_MEMBER}
+    odd = [member.filename for member in members if member.filename not in expected]
+    _require(not odd, f"{path} holds what no model file does ({_shorten(odd)}): do not trust it.")
+    size = sum(member.file_size for member in members)
+    _require(
+        size <= 2 * os.path.getsize(path) + 2**24,
+        f"{path} would unpack to {size} bytes, far more than it has: do not trust it.",
+    )
 
 
 def _read_record(path: StrPath) -> ModelRecord:

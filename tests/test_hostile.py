@@ -1,0 +1,174 @@
+"""Whatever comes in, the outcome is right or an error of our own: generated and damaged input."""
+
+# ruff: noqa: PT017, either outcome is right
+
+import csv
+import functools
+import io
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import segment
+
+repeatable = functools.partial(settings, deadline=None, derandomize=True, database=None)
+
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
+sides = st.one_of(st.integers(1, 40), st.sampled_from([399, 4000]))
+
+
+def encoded(mode: str, height: int, width: int, kind: str, seed: int) -> bytes:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    if mode == "I;16":
+        picture = Image.fromarray(levels[..., 0].astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(levels).convert("L" if mode == "LA" else "RGB").convert(mode)
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+@repeatable(max_examples=60)
+@given(st.sampled_from(MODES), sides, st.integers(1, 40), st.booleans(), st.integers(0, 9))
+def test_a_picture_of_any_mode_and_size_is_fitted_into_the_frame(
+    mode: str, long: int, short: int, upright: bool, seed: int
+) -> None:
+    height, width = (long, short) if upright else (short, long)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.png"
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        path.write_bytes(encoded(mode, height, width, kind, seed))
+        frame = segment.load_input_image(path, (32, 48))
+        assert frame.shape == (32, 48, 3)
+        assert segment.inspect([path]) == {(height, width): 1}
+        full = segment.load_input_image(path, None)
+        assert full.shape == (height, width, 3)
+    top, left, inner_height, inner_width = segment.letterbox((height, width), (32, 48))
+    outside = np.ones((32, 48), bool)
+    outside[top : top + inner_height, left : left + inner_width] = False
+    assert not frame[outside].any()
+    assert min(inner_height, inner_width) >= 1
+    assert inner_height == 32 or inner_width == 48
+
+
+damage = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=9)
+
+
+@repeatable(max_examples=150)
+@given(st.sampled_from(["JPEG", "PNG", "TIFF", "BMP"]), damage, st.floats(0.02, 1))
+def test_a_damaged_picture_is_read_or_refused_in_a_sentence(
+    kind: str, changes: list[tuple[float, int]], kept: float
+) -> None:
+    content = bytearray(encoded("RGB", 23, 31, kind, 0))
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{kind.lower()}"
+        path.write_bytes(content[: int(kept * len(content))])
+        for load in (segment.load_input_image, segment.load_segmented_image):
+            try:
+                assert load(path, (32, 32)).shape[:2] == (32, 32)
+            except segment.SegmentError as error:
+                assert str(path) in str(error)
+        findings = segment.check_pairs([path], [path])
+        assert {finding.severity for finding in findings} <= {"error", "warning"}
+
+
+@repeatable(max_examples=100)
+@given(
+    st.integers(2, 60),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_split_is_whole_and_disjoint_or_refused(
+    count: int, val: float, test: float, seed: int
+) -> None:
+    images = [f"{i}.jpg" for i in range(count)]
+    try:
+        parts = segment.train_val_test_split(
+            images, images, val_split=val, test_split=test, seed=seed
+        )
+    except segment.SegmentError as error:
+        assert "too few" in str(error)
+        return
+    assert sorted(path for part, _ in parts for path in part) == sorted(images)
+    assert all(part == masks for part, masks in parts)
+    assert len(parts[2][0]) == (max(1, int(test * count + 1e-9)) if test else 0)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a model file holds."""
+    path = tmp_path_factory.mktemp("model") / "a.keras"
+    segment.save_model(segment.create_model((16, 16), num_filters=1), path)
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def packed(path: Path, members: dict[str, bytes], **options: Any) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_model_file_with_a_stray_member_is_refused(
+    members: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name in ("../../evil.py", "/etc/evil", "assets/code.pkl"):
+        path = packed(tmp_path / "a.keras", {**members, name: b"x"})
+        with pytest.raises(segment.SegmentError, match="holds what no model file does"):
+            segment.load_model(path)
+    assert not list(tmp_path.parent.rglob("evil*"))
+
+
+def test_a_model_file_that_unpacks_without_end_is_refused_unread(
+    members: dict[str, bytes], tmp_path: Path
+) -> None:
+    bomb = {**members, "config.json": b" " * 2**26}
+    path = packed(tmp_path / "a.keras", bomb, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(segment.SegmentError, match="would unpack to 67"):
+        segment.load_model(path)
+
+
+@repeatable(max_examples=25)
+@given(st.data())
+def test_a_damaged_model_file_loads_or_is_refused_in_a_sentence(
+    members: dict[str, bytes], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(sorted(members)))
+    content = bytearray(members[name])
+    for place, value in data.draw(damage):
+        content[int(place * len(content))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = packed(Path(folder) / "a.keras", {**members, name: bytes(content)})
+        try:
+            assert segment.load_model(path).input_shape[1:] == (16, 16, 3)
+        except segment.SegmentError as error:
+            assert str(path) in str(error)
+
+
+def test_odd_file_names_come_out_right_and_inside_the_folder(tmp_path: Path) -> None:
+    names = ["a b", "it's", 'say "x"', "-rf", "=1+1", "@cmd", "naïve 皮膚", "two\nlines", "a,b"]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (*names, ".hidden"):
+        Image.new("RGB", (8, 8), (90, 80, 70)).save(folder / f"{name}.png")
+    images = segment.find_images(folder)
+    batches = segment.create_generator(images, image_size=(16, 16))
+    predictions = np.ones((len(images), 16, 16, 1), np.float32)
+    segment.results(batches, predictions, num_imgs=0, output_dir=tmp_path / "out")
+    with open(tmp_path / "out" / "scores.csv", newline="", encoding="utf-8") as file:
+        ids = [row["id"] for row in csv.DictReader(file)]
+    assert sorted(ids) == sorted(names)
+    masks = {path.name for path in (tmp_path / "out" / "masks").iterdir()}
+    assert masks == {f"{name}_segmentation.png" for name in names}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
