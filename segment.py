@@ -57,7 +57,7 @@ __all__ = [  # noqa: RUF022, by the alphabet
     "IMAGE_SIZE", "ImageGenerator", "inspect", "letterbox", "load_input_image", "load_model",
     "load_segmented_image", "make_deterministic", "METRICS", "model_record", "ModelRecord",
     "plot_dice_histogram", "plot_history", "plot_image_sizes", "plot_predictions", "predict",
-    "restore_masks", "results", "save_figure", "save_masks", "save_model", "score_masks",
+    "restore_masks", "results", "save_figure", "save_model", "score_masks",
     "SegmentError", "stored_test_split", "summarize", "train_model", "train_val_test_split",
 ]
 
@@ -1744,26 +1744,6 @@ def _check_threshold(threshold: float) -> float:
     return threshold
 
 
-def save_masks(
-    generator: ImageGenerator, predictions: Array, output_dir: StrPath, *, threshold: float = 0.5
-) -> None:
-    """Writes the predicted masks as the ISIC challenges want them.
-
-    Args:
-        generator: What the predictions were made from; needs no masks.
-        predictions: Lesion probabilities `(images, height, width, 1)`.
-        output_dir: Folder for `ISIC_0012345_segmentation.png` and so on: the picture's own size,
-            one channel, 0 or 255.
-        threshold: Probability from which a pixel is lesion, in 0..1.
-
-    Raises:
-        SegmentError: If the predictions belong elsewhere, or a file cannot be written.
-    """
-    masks = restore_masks(generator, predictions, threshold=threshold)
-    for path, mask in zip(generator.image_paths, masks, strict=True):
-        _write_mask(mask, path, output_dir)
-
-
 def _write_mask(mask: NDArray[np.bool_], image_path: str, output_dir: StrPath) -> None:
     with _written_whole(Path(output_dir) / f"{image_id(image_path)}_segmentation.png") as temporary:
         Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
@@ -1852,8 +1832,8 @@ def _write_overlay(mask: NDArray[np.bool_], image_path: str, output_dir: Path) -
 def _masks_of(generator: ImageGenerator) -> list[str]:
     if generator.mask_paths is None:
         raise SegmentError(
-            "This needs the masks of the images: create the generator with mask_paths (predict, "
-            "results and save_masks do without)."
+            "This needs the masks of the images: create the generator with mask_paths (predict "
+            "and results do without)."
         )
     return generator.mask_paths
 

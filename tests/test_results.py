@@ -105,13 +105,6 @@ def test_masks_are_written_as_the_challenge_wants_them(
             np.testing.assert_array_equal(np.asarray(mask), 255 * restored[i])
 
 
-def test_masks_can_be_saved_without_ground_truth(make_pairs: MakePairs, tmp_path: Path) -> None:
-    generator, predictions = prepare(make_pairs, 2)
-    blind = segment.create_generator(generator.image_paths, image_size=FRAME)
-    segment.save_masks(blind, predictions, tmp_path / "masks")
-    assert len(list((tmp_path / "masks").iterdir())) == 2
-
-
 def test_without_masks_images_are_estimated_and_outlined(
     make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
