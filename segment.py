@@ -1713,10 +1713,13 @@ def restore_masks(
     _check_predictions(generator, predictions)
     _check_threshold(threshold)
     for path, prediction in zip(generator.image_paths, predictions, strict=True):
-        size = _size_of(path)
-        inside = Image.fromarray(_crop(prediction, size)[..., 0].astype(np.float32))
-        resized = inside.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        yield np.asarray(resized) >= threshold
+        yield _restore_mask(path, prediction, threshold)
+
+
+def _restore_mask(path: str, prediction: Array, threshold: float) -> NDArray[np.bool_]:
+    size = _size_of(path)
+    inside = Image.fromarray(_crop(prediction, size)[..., 0].astype(np.float32))
+    return np.asarray(inside.resize((size[1], size[0]), Image.Resampling.BILINEAR)) >= threshold
 
 
 def _crop(frame: Array, size: Size) -> Array:
@@ -1802,22 +1805,27 @@ def results(
 def _score_images(
     generator: ImageGenerator, predictions: Array, threshold: float, output_dir: StrPath | None
 ) -> list[dict[str, Any]]:
-    """Scores (and writes) one full-size mask after the other; never holds two."""
-    scores: list[dict[str, Any]] = []
+    """Scores (and writes) full-size masks, as many at a time as there are processors."""
+    _check_predictions(generator, predictions)
+    _check_threshold(threshold)
     estimates = estimate_dice(predictions, threshold=threshold)
-    for i, mask in enumerate(restore_masks(generator, predictions, threshold=threshold)):
+
+    def score(i: int) -> dict[str, Any]:
         image_path = generator.image_paths[i]
-        scores.append({"id": image_id(image_path)})
+        mask = _restore_mask(image_path, predictions[i], threshold)
+        scores: dict[str, Any] = {"id": image_id(image_path)}
         if generator.mask_paths is not None:
             _check_same_size(image_path, generator.mask_paths[i])
             truth = load_segmented_image(generator.mask_paths[i], None)[..., 0]
-            scores[-1].update(score_masks(truth, mask))
-        scores[-1]["estimated_dice"] = float(estimates[i])
+            scores.update(score_masks(truth, mask))
         if output_dir is not None:
             _write_mask(mask, image_path, Path(output_dir) / "masks")
         if output_dir is not None and generator.mask_paths is None:
             _write_overlay(mask, image_path, Path(output_dir) / "overlays")
-    return scores
+        return {**scores, "estimated_dice": float(estimates[i])}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(score, range(len(predictions))))
 
 
 def _write_overlay(mask: NDArray[np.bool_], image_path: str, output_dir: Path) -> None:
