@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 SAMPLE = Path(__file__).parent / "images" / "sample"
@@ -53,6 +53,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
     model = segment.load_model(options.model or segment.PRETRAINED)
     record = segment.model_record(model)
     record.threshold = options.threshold or record.threshold
+    predict_as_trained(options, record.origin.get("options", {}))
     seen: list[str] = []
     if mask_paths is not None and options.model is not None and not options.all:
         image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
@@ -91,14 +92,16 @@ def parse_common_options(
     add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
     add("--mask-dir", metavar="DIR", help="folder of their masks (default: that of the sample)")
     add("--subset", type=positive, metavar="N", help="use the first N pairs (or test images) only")
-    add("--batch-size", type=positive, metavar="N", help="images a batch (default: 8; sample: 4)")
+    add("--batch-size", type=positive, metavar="N",
+        help="images a batch (default: as in training, there 16; sample: 4)")
     add("--skip-bad", action="store_true", help="leave out pairs with files that cannot be used")
     add("--inspect", action="store_true", help="count and plot the sizes of the images")
     add = parser.add_argument_group("results").add_argument
-    add("--mirror", action=argparse.BooleanOptionalAction, default=True,
-        help="predict the mean of the four mirrorings of each image (default: yes)")
-    add("--one-region", action=argparse.BooleanOptionalAction, default=True,
-        help="keep one region of each mask and fill its holes (default: yes)")
+    add("--mirror", action=argparse.BooleanOptionalAction,
+        help="predict the mean of the four mirrorings of each image (default: as in training, "
+             "there yes)")
+    add("--one-region", action=argparse.BooleanOptionalAction,
+        help="keep one region of each mask and fill its holes (default: as in training, there yes)")
     add("--threshold", type=float, metavar="P",
         help="probability from which a pixel is lesion (default: the one in the model file, which "
              "training chooses on the validation images)")
@@ -114,9 +117,15 @@ def parse_common_options(
     if options.image_dir is None:
         options.image_dir, options.mask_dir = str(SAMPLE / "input"), str(SAMPLE / "truth")
     options.on_sample = Path(options.image_dir).resolve() == (SAMPLE / "input").resolve()
-    if options.batch_size is None:
-        options.batch_size = 4 if options.on_sample else 8
     return options
+
+
+def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object]) -> None:
+    """Fills in what was not given, so that the scores are those of the train driver."""
+    for name, default in {"batch_size": 16, "mirror": True, "one_region": True}.items():
+        if getattr(options, name) is None:
+            value = trained.get(name)  # of a file that anybody may have written
+            setattr(options, name, value if type(value) is type(default) else default)
 
 
 def find_checked_pairs(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:

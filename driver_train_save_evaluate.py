@@ -25,7 +25,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("training").add_argument
     add("--image-size", nargs=2, type=positive, metavar=("HEIGHT", "WIDTH"),
-        help="frame of the network in pixels, divisible by 16 (default: 256 256; sample: 128 128)")
+        help="frame of the network in pixels, divisible by 16 (default: 96 128; sample: 128 128)")
     add("--val-split", type=float, default=0.2, metavar="SHARE",
         help="share that validates of what the test set leaves; with 0 the last epoch counts as "
              "the best (default: %(default)s)")
@@ -48,9 +48,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--no-optimizer", dest="optimizer", action="store_false",
         help="leave out of the final model file what only further training needs")
     options = parse_common_options(parser, arguments, output="output")
-    defaults = {"image_size": (128, 128) if options.on_sample else (256, 256),
+    defaults = {"image_size": (128, 128) if options.on_sample else (96, 128),
                 "test_split": 0.2 if options.on_sample else 0.03,
                 "epochs": 20 if options.on_sample else 60,
+                "batch_size": 4 if options.on_sample else 16, "mirror": True, "one_region": True,
                 "save": str(Path(options.output) / "model.keras")}
     for name, default in defaults.items():
         if getattr(options, name) is None:

@@ -414,6 +414,26 @@ def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
     assert origin["sha256_of_images"] == hashlib.sha256(told).hexdigest()
 
 
+def test_the_load_driver_predicts_as_the_train_driver_did(
+    train: Run, load: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, calls = segment.predict, []
+
+    def spy(model: Any, generator: Any, **options: Any) -> Any:
+        calls.append((generator.batch_size, options))
+        return predict(model, generator, **options)
+
+    monkeypatch.setattr(segment, "predict", spy)
+    train("--no-mirror", "--no-one-region", "--batch-size", "3")
+    load()
+    assert calls[-1] == calls[-2] == (3, {"mirror": False, "one_region": False})
+    load("--mirror", "--batch-size", "2")
+    assert calls[-1] == (2, {"mirror": True, "one_region": False})
+    options = driver_load_evaluate.parse_options([])
+    driver_load_evaluate.predict_as_trained(options, {"batch_size": "many", "mirror": 7})
+    assert (options.batch_size, options.mirror, options.one_region) == (16, True, True)
+
+
 def test_a_threshold_can_be_given_to_both_drivers(
     train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -435,7 +455,7 @@ def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.Mon
     for options in (parse([]), parse(sample)):
         assert (options.epochs, options.batch_size, options.image_size) == (20, 4, (128, 128))
     elsewhere = parse(["--image-dir", "tests", "--mask-dir", "tests"])
-    assert (elsewhere.epochs, elsewhere.batch_size, elsewhere.image_size) == (60, 8, (256, 256))
+    assert (elsewhere.epochs, elsewhere.batch_size, elsewhere.image_size) == (60, 16, (96, 128))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
