@@ -117,7 +117,6 @@ def test_a_training_that_was_killed_goes_on_with_resume(
         train()
     monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.5)
     assert train("--resume", "--epochs", "3") == 0
-    assert train("--resume", "--epochs", "3") == 0
     lines = (tmp_path / "trained" / "training.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "0", "1", "2"]
     assert train() == 0
@@ -166,8 +165,8 @@ def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: li
     ]  # fmt: skip
 
 
-def test_only_the_training_images_are_shuffled_and_augmented(
-    train: Run, monkeypatch: pytest.MonkeyPatch
+def test_only_training_images_are_shuffled_and_augmented_and_sizes_inspected_on_demand(
+    train: Run, steps: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create, made = segment.create_generator, []
 
@@ -180,12 +179,7 @@ def test_only_the_training_images_are_shuffled_and_augmented(
     assert [(g.shuffle, g.augment) for g in made] == [(True, True), (False, False), (False, False)]
     assert [len(g.image_paths) for g in made] == [8, 1, 3]
     assert made[0].seed == 7
-
-
-def test_sizes_are_inspected_only_when_asked_for(train: Run, steps: list[str]) -> None:
-    train()
-    assert "inspect" not in steps
-    assert "plot_image_sizes" not in steps
+    assert not {"inspect", "plot_image_sizes", "find_same_lesions"} & set(steps)
 
 
 def test_another_folder_is_scored_whole_only_with_all(
