@@ -390,8 +390,11 @@ def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path:
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
-    train: Run, tmp_path: Path
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[bool] = []  # and not done, since it would slow every test that follows
+    experimental = sys.modules["tensorflow"].config.experimental
+    monkeypatch.setattr(experimental, "enable_op_determinism", lambda: asked.append(True))
     weights, scores = [], []
     for name in ("a", "b"):
         path = tmp_path / f"{name}.keras"
@@ -399,6 +402,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
         model = segment.load_model(path)
         weights.append(np.concatenate([weight.ravel() for weight in model.get_weights()]))
         scores.append(rows(tmp_path / "trained"))
+    assert asked == [True, True]
     np.testing.assert_array_equal(weights[0], weights[1])
     assert scores[0] == scores[1]
     origin = segment.model_record(model).origin
