@@ -17,7 +17,8 @@ SHORT = ("-k", "not new_process")  # which takes as long as all the others of it
 def test_model_dice_and_saving_pass_on_other_backends(backend: str) -> None:
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, *SHORT]
+    options = ("-q", "-p", "no:cacheprovider", "-n", "0")
+    command = [sys.executable, "-m", "pytest", *options, *FILES, *SHORT]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": quick}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
