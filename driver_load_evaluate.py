@@ -11,6 +11,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import segment
 
 SAMPLE = Path(__file__).parent / "images" / "sample"
 
@@ -68,6 +72,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
     test_generator = segment.create_generator(
         image_paths[: options.subset], mask_paths and mask_paths[: options.subset],
         image_size=model.input_shape[1:3], batch_size=options.batch_size,
+        cache=segment.PairCache(0),  # each image is needed once
     )
     predictions = segment.predict(
         model, test_generator, mirror=options.mirror, one_region=options.one_region
@@ -128,12 +133,21 @@ def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object
             setattr(options, name, value if type(value) is type(default) else default)
 
 
-def find_checked_pairs(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """Images and masks, and the images that were left out; tells what is wrong with the files."""
+def find_checked_pairs(
+    options: argparse.Namespace, cache: "segment.PairCache | None" = None
+) -> tuple[list[str], list[str], list[str]]:
+    """Images and masks, and the images that were left out; tells what is wrong with the files.
+
+    Those that will be trained on are decoded into the cache on the way, at twice the frame.
+    """
     import segment
 
     image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
-    findings = segment.check_pairs(image_paths, mask_paths)
+    height, width = options.image_size if cache else (32, 32)
+    findings = segment.check_pairs(
+        image_paths, mask_paths, image_size=(2 * height, 2 * width), cache=cache,
+        verbose=int(sys.stdout.isatty()),
+    )
     for finding in findings:
         print(f"{finding.severity.capitalize()}: {finding.what}", file=sys.stderr)
     bad = sorted({finding.path for finding in findings if finding.severity == "error"})
@@ -164,8 +178,10 @@ def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace
             import segment
 
             device = segment.describe_device()
+            sharing = segment.data_parallel(getattr(options, "devices", 1))
         print(f"Device: {device}")
-        steps(options)
+        with sharing:
+            steps(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -41,9 +41,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="train the same model from the same seed, to the last bit; slower on a GPU")
     add("--bfloat16", action="store_true",
         help="compute in bfloat16 where that is safe: faster on recent processors and GPUs")
+    add("--devices", type=positive, default=1, metavar="N",
+        help="share each batch among N devices of this host, on TensorFlow or JAX; a shorter last "
+             "batch of an epoch is left out (default: %(default)s)")
     add("--resume", action="store_true",
         help="go on with a training of the same options that was killed, from OUTPUT/last.keras")
     add("--start-from", metavar="FILE.keras", help="begin with the weights of this model")
+    add("--cache", metavar="DIR",
+        help="folder for decoded images instead of memory, which the next training need not decode "
+             "again; remove it at will (default: 2 GiB of memory)")
     add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
     add("--no-optimizer", dest="optimizer", action="store_false",
         help="leave out of the final model file what only further training needs")
@@ -58,6 +64,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, default)
     if options.mask_dir is None:
         parser.error("--image-dir came without --mask-dir: training needs the masks")
+    if options.batch_size % options.devices:
+        parser.error(f"--batch-size {options.batch_size} cannot be shared among {options.devices} "
+                     "devices: give a multiple")
     if not options.save.endswith(".keras"):
         parser.error(f"--save {options.save}: the name of a model file ends in .keras")
     return options
@@ -75,7 +84,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks
-    image_paths, mask_paths, left_out = find_checked_pairs(options)
+    cache = segment.PairCache(0, options.cache) if options.cache else segment.PairCache()
+    image_paths, mask_paths, left_out = find_checked_pairs(options, cache)
     image_paths, mask_paths = image_paths[: options.subset], mask_paths[: options.subset]
     print(f"{len(image_paths)} pairs in {options.image_dir}")
 
@@ -97,11 +107,12 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     print("{} to train, {} to validate, {} to test on".format(*(len(part[0]) for part in split)))
 
     # 5. Create a generator for each set (none for an empty one)
-    shape = {"image_size": options.image_size, "batch_size": options.batch_size}
+    shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
+    whole = options.devices > 1
     train_generator = segment.create_generator(
-        *train, shuffle=True, augment=True, seed=options.seed, **shape
+        *train, shuffle=True, augment=True, seed=options.seed, whole_batches=whole, **shape
     )
-    val_generator = segment.create_generator(*val, **shape) if val[0] else None
+    val_generator = segment.create_generator(*val, **shape, whole_batches=whole) if val[0] else None
     test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
     # 6. Create a new UNet

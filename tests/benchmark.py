@@ -92,10 +92,31 @@ def measure_loading(options: argparse.Namespace) -> None:
             )
             return lambda: [batches[i] for i in range(len(batches))]
 
-        again = median_time(epoch(cache_bytes=0), 1)
+        again = median_time(epoch(cache=segment.PairCache(0)), 1)
         for what, how in (("", {}), (", augmented", {"augment": True, "shuffle": True})):
             cached = median_time(epoch(**how), options.repeats)
             line(f"epoch from memory{what}", cached, again, "decoding each time", 8 * len(images))
+
+
+def measure_memory(count: int) -> None:
+    """Peak of a process that checks, caches and trains on so many pairs of JPEGs and masks."""
+    with tempfile.TemporaryDirectory() as folder:
+        images, masks = photographs(Path(folder), 1)
+        for i in range(count):
+            for path in (images[i % 2], masks[i % 2]):  # the smaller sizes
+                os.link(path, Path(folder) / f"more-{i}{Path(path).suffix}")
+        pairs = [[f"{folder}/more-{i}.{kind}" for i in range(count)] for kind in ("jpg", "png")]
+        cache, size = segment.PairCache(0, f"{folder}/cache"), (96, 128)
+        batches = segment.create_generator(
+            *pairs, image_size=size, batch_size=16, shuffle=True, augment=True, cache=cache
+        )
+        began = time.perf_counter()
+        segment.check_pairs(*pairs, image_size=batches.decoded_size, cache=cache)
+        checked = time.perf_counter() - began
+        model = segment.create_model(size, num_filters=2)
+        segment.train_model(model, batches, None, 1, verbose=0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{count} pairs: checked and decoded in {checked:.0f} s; peak {peak:.3f} GiB")
 
 
 def torch_unet(filters: int = 16) -> Any:
@@ -266,7 +287,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
+    parser.add_argument("--memory", type=int, metavar="N", help="instead: train on N pairs")
     options = parser.parse_args()
+    if options.memory:
+        measure_memory(options.memory)
+        return
     options.image_size = tuple(options.image_size)
     print(f"{segment.describe_device()}, {os.cpu_count()} cores, {options.image_size}")
     print(f"{'':42}{'here':>11}{'there':>13}")

@@ -26,7 +26,8 @@ def test_plain_prediction_is_that_of_the_model(make_pairs: MakePairs) -> None:
     plain = segment.predict(unet, batches, mirror=False, one_region=False, verbose=0)
     assert plain.shape == (3, *SIZE, 1)
     assert plain.dtype == np.float32
-    np.testing.assert_array_equal(plain, unet.predict(batches, verbose=0))
+    # to rounding, since the last batch is filled up
+    np.testing.assert_allclose(plain, unet.predict(batches, verbose=0), atol=1e-6)
 
 
 def test_mirrorings_are_put_back_and_averaged(make_pairs: MakePairs) -> None:

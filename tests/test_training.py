@@ -123,7 +123,6 @@ def test_a_file_that_vanishes_is_named_and_the_best_epoch_stays(
 ) -> None:
     train, val = generators(make_pairs)
     model, path = new_model(), tmp_path / "best.keras"
-    train.cache_bytes = 0
     segment.train_model(model, train, val, 1, save_path=path, verbose=0)
     weights = model.get_weights()
     Path(train.image_paths[2]).unlink()

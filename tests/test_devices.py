@@ -1,0 +1,85 @@
+"""Training and prediction on two devices, which a process of its own makes of the processor."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MakePairs
+
+import driver_train_save_evaluate
+import segment
+
+TRAIN = """
+import json, sys
+import keras
+if keras.backend.backend() == "tensorflow":
+    from tensorflow import config
+    two = [config.LogicalDeviceConfiguration()] * 2
+    config.set_logical_device_configuration(config.list_physical_devices("CPU")[0], two)
+import segment
+images, masks = segment.find_image_pairs(*sys.argv[1:3])
+outcomes = []
+for devices in (1, 2):
+    keras.utils.set_random_seed(0)
+    with segment.data_parallel(devices):
+        model = segment.create_model((16, 16), num_filters=2, dropout=0)
+        shape = {"image_size": (16, 16), "batch_size": 4, "whole_batches": True}
+        train = segment.create_generator(images[:9], masks[:9], shuffle=True, **shape)
+        val = segment.create_generator(images[9:], masks[9:], **shape)
+        history = segment.train_model(model, train, val, 2, verbose=0).history
+        lesion = segment.predict(model, val, mirror=False, one_region=False, verbose=0)
+        threshold = segment.choose_threshold(val, lesion)
+        segment.save_model(model, sys.argv[3])
+    outcomes.append([history, lesion.ravel().tolist(), threshold])
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_two_devices_train_and_predict_as_one_does(
+    make_pairs: MakePairs, tmp_path: Path, backend: str
+) -> None:
+    pytest.importorskip(backend)
+    images, masks = make_pairs(15)
+    folders = [str(Path(paths[0]).parent) for paths in (images, masks)]
+    two = "--xla_force_host_platform_device_count=2"
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *folders, str(tmp_path / "two.keras")],
+        env={**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": f"{two} {quick}"},
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, both = json.loads(done.stdout.splitlines()[-1])
+    assert len(one[0]["val_loss"]) == 2
+    for name, curve in one[0].items():
+        assert both[0][name] == pytest.approx(curve, abs=1e-4), name
+    assert len(one[1]) == 6 * 16 * 16  # the second batch is short, and padded
+    assert both[1] == pytest.approx(one[1], abs=1e-3)
+    assert both[2] == one[2]
+    assert segment.load_model(tmp_path / "two.keras").input_shape == (None, 16, 16, 3)
+
+
+def test_more_devices_than_there_are_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(segment.SegmentError, match="64 devices were asked for"):
+        segment.data_parallel(64)
+    assert driver_train_save_evaluate.main(["--devices", "64", "--batch-size", "64"]) == 2
+    assert "64 devices were asked for" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_an_error(
+    capsys: pytest.CaptureFixture[str], make_pairs: MakePairs
+) -> None:
+    with pytest.raises(SystemExit):
+        driver_train_save_evaluate.main(["--devices", "2", "--batch-size", "3"])
+    assert "--batch-size 3 cannot be shared among 2 devices" in capsys.readouterr().err
+    with pytest.raises(segment.SegmentError, match="2 images do not make one whole batch of 8"):
+        segment.create_generator(*make_pairs(2), whole_batches=True)
+
+
+def test_one_device_changes_nothing_on_any_backend() -> None:
+    with segment.data_parallel(1) as scope:
+        assert scope is None
