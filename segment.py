@@ -1062,7 +1062,9 @@ def create_model(
     Args:
         image_size: `(height, width)` of the frame, both divisible by 16.
         num_filters: Filters of the finest level; each coarser level has twice as many.
-        dropout: Share dropped between the convolutions of a context module.
+        dropout: Share of the feature maps dropped between the convolutions of a context module:
+            whole ones (Tompson et al. 2015, arXiv:1411.4280), since pixels beside each other say
+            much the same.
         bfloat16: Whether to compute in bfloat16, which recent processors and GPUs do faster;
             weights and output stay float32. Without it Keras' dtype policy decides.
 
@@ -1127,7 +1129,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
 def _context_module(x: Tensor, filters: int, dropout: float, name: str) -> Tensor:
     """Pre-activation residual block: norm and activation come before each convolution."""
     y = _convolution(_norm_relu(x, f"{name}1"), filters, 3, f"{name}1_conv")
-    y = layers.Dropout(dropout, name=f"{name}_dropout")(y)
+    y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout")(y)
     y = _convolution(_norm_relu(y, f"{name}2"), filters, 3, f"{name}2_conv")
     return layers.Add(name=f"{name}_add")([x, y])
 
@@ -1437,7 +1439,7 @@ class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
         self.train_generator.epoch = epoch
         seed = getattr(self.train_generator, "seed", 0)
         for i, layer in enumerate(self.model.layers):
-            if isinstance(layer, layers.Dropout) and layer.rate > 0:
+            if isinstance(layer, layers.Dropout) and layer.rate > 0:  # or SpatialDropout2D
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:

@@ -102,6 +102,14 @@ def test_activations_leak_a_hundredth_and_dropout_is_three_tenths(unet: keras.Mo
     assert {config["rate"] for config in configs if "rate" in config} == {0.3}
 
 
+def test_dropout_takes_whole_feature_maps() -> None:
+    model = segment.create_model((32, 32), num_filters=8)
+    drop = model.get_layer("level1_context_dropout")
+    kept = np.asarray(drop(np.ones((2, 4, 4, 8), np.float32), training=True))
+    assert set(kept.min((1, 2)).ravel().round(4)) == {0, np.float32(round(1 / 0.7, 4))}
+    np.testing.assert_array_equal(kept.min((1, 2)), kept.max((1, 2)))
+
+
 def test_each_channel_is_normalized_scaled_and_offset_by_itself(unet: keras.Model) -> None:
     norms = [layer for layer in unet.layers if isinstance(layer, keras.layers.GroupNormalization)]
     assert len(norms) == 2 * 5 + 1 + 4 + 2 * 3 + 1

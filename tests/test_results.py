@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +309,23 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(segment.SegmentError, match="cannot be written"):
         segment.results(generator, predictions, output_dir=tmp_path / "file")
+
+
+def test_a_disk_that_fills_up_leaves_whole_files_alone(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs, 3)
+    output = tmp_path / "output"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # too little for a figure
+    try:
+        with pytest.raises(segment.SegmentError, match=r"\.png: .*\(File too large"):
+            segment.results(generator, predictions, output_dir=output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(output)) == ["masks", "scores.csv", "summary.json"]
+    assert json.loads((output / "summary.json").read_text())["images"] == 3
+    assert len((output / "scores.csv").read_text().splitlines()) == 4
 
 
 def test_the_estimate_is_judged_by_rank_and_by_how_it_tells_failures() -> None:

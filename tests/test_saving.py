@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -87,20 +88,21 @@ def test_another_folder_is_not_taken_for_the_test_set() -> None:
         segment.stored_test_split(model, ["a.jpg"], ["a.png"])
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, share: float
 ) -> None:
-    model = small_model()
-    segment.save_model(model, tmp_path / "m.keras")
-    before = (tmp_path / "m.keras").read_bytes()
-
-    def disk_full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", disk_full)
-    with pytest.raises(segment.SegmentError, match=r"m\.keras: .*No space left on device"):
-        segment.save_model(model, tmp_path / "m.keras")
-    assert (tmp_path / "m.keras").read_bytes() == before
+    model, path = small_model(), tmp_path / "m.keras"
+    segment.save_model(model, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), limits[1]))
+    try:
+        with pytest.raises(segment.SegmentError, match=r"m\.keras: .*\(File too large"):
+            segment.save_model(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.keras"]
 
 
