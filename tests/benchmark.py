@@ -1,6 +1,6 @@
 """Measures side by side, in one run: loading, generators, training and inference steps.
 
-    python tests/benchmark.py [--image-size 256 256] [--batch-size 8] [--repeats 5]
+    python tests/benchmark.py [--image-size 256 256] [--batch-size 8] [--repeats 5] [--device gpu]
 
 Every figure is a median. Where PyTorch is installed, the network stands here a second time, in
 plain PyTorch: the weights are copied over, the outputs compared, and the steps timed side by side.
@@ -203,17 +203,25 @@ def copy_weights(model: keras.Model, network: Any) -> None:
             target.copy_(torch.tensor(weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight))
 
 
-def torch_step(network: Any, x: np.ndarray, y: np.ndarray, bfloat16: bool) -> Callable[[], Any]:
+def torch_tensor(array: np.ndarray, device: str) -> Any:
+    import torch
+
+    return torch.tensor(np.float32(array), device=device).permute(0, 3, 1, 2)
+
+
+def torch_step(
+    network: Any, x: np.ndarray, y: np.ndarray, bfloat16: bool, device: str
+) -> Callable[[], Any]:
     """A training step of PyTorch, channels last in bfloat16, with the loss of the project."""
     import torch
 
-    images, truth = (torch.tensor(np.float32(a)).permute(0, 3, 1, 2) for a in (x, y))
+    images, truth = torch_tensor(x, device), torch_tensor(y, device)
     if bfloat16:
         network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             p = network(images).float()
         overlap = (2 * (truth * p).sum((1, 2, 3)) + 1) / ((truth + p).sum((1, 2, 3)) + 1)
         loss = (1 - overlap).mean() + torch.nn.functional.binary_cross_entropy(p, truth)
@@ -225,19 +233,21 @@ def torch_step(network: Any, x: np.ndarray, y: np.ndarray, bfloat16: bool) -> Ca
     return step
 
 
-def torch_prediction(network: Any, x: np.ndarray, bfloat16: bool) -> Callable[[], np.ndarray]:
+def torch_prediction(
+    network: Any, x: np.ndarray, bfloat16: bool, device: str
+) -> Callable[[], np.ndarray]:
     import torch
 
-    images = torch.tensor(np.float32(x)).permute(0, 3, 1, 2)
+    images = torch_tensor(x, device)
 
     def predict() -> np.ndarray:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            return network(images).float().permute(0, 2, 3, 1).numpy()  # type: ignore[no-any-return]
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            return network(images).float().permute(0, 2, 3, 1).cpu().numpy()  # type: ignore[no-any-return]
 
     return predict
 
 
-def measure_network(options: argparse.Namespace, bfloat16: bool) -> None:
+def measure_network(options: argparse.Namespace, bfloat16: bool, peak: float) -> None:
     height, width = options.image_size
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (options.batch_size, height, width, 3), np.uint8)
@@ -249,37 +259,39 @@ def measure_network(options: argparse.Namespace, bfloat16: bool) -> None:
     step = median_time(lambda: model.train_on_batch(x, y), options.repeats)
     # 5.57 billion multiplications and additions at 256 x 256, three times that with gradients.
     work = 2 * 3 * 5.57e9 * height * width / 256**2 * options.batch_size
-    print(f"{dtype}: {step:.3f} s a step of {options.batch_size}, {work / step / 1e9:.0f} GFLOP/s")
+    print(
+        f"{dtype}: {step:.3f} s a step of {options.batch_size}, {work / step / 1e9:.0f} GFLOP/s, "
+        f"{work / step / peak:.0%} of the matrix product"
+    )
     for compiled in (False, *([True] if options.compile else [])):
         try:
             import torch
         except ImportError:
             print("PyTorch is not installed: no comparison")
             return
-        network = torch_unet()
+        device = "cuda" if options.device == "gpu" else "cpu"
+        network = torch_unet().to(device)
         copy_weights(model, network)
         run = torch.compile(network) if compiled else network
         other = "torch.compile" if compiled else "PyTorch"
         network.eval()
-        predicted = torch_prediction(run, x, bfloat16)
+        predicted = torch_prediction(run, x, bfloat16, device)
         off = np.abs(predicted() - model.predict_on_batch(x))
         theirs = median_time(predicted, options.repeats)
         line(f"inference, {dtype}", ours, theirs, other, options.batch_size)
         print(f"{'':42}outputs differ by {off.max():.1e} at most, {off.mean():.1e} on average")
         network.train()
-        theirs = median_time(torch_step(run, x, y, bfloat16), options.repeats)
+        theirs = median_time(torch_step(run, x, y, bfloat16, device), options.repeats)
         line(f"training step, {dtype}", step, theirs, other, options.batch_size)
 
 
-def measure_peak(repeats: int) -> None:
-    for dtype in ("float32", "bfloat16"):
-        a = keras.ops.cast(keras.random.normal((2048, 2048)), dtype)
-
-        def product(a: Any = a) -> Any:
-            return float(keras.ops.matmul(a, a)[0, 0])
-
-        seconds = median_time(product, repeats)
-        print(f"matrix product, {dtype}: {2 * 2048**3 / seconds / 1e9:.0f} GFLOP/s")
+def measure_peak(options: argparse.Namespace, dtype: str) -> float:
+    """Operations a second of a matrix product, the most that a network could reach."""
+    size = 8192 if options.device == "gpu" else 2048
+    a = keras.ops.cast(keras.random.normal((size, size)), dtype)
+    peak = 2 * size**3 / median_time(lambda: float(keras.ops.matmul(a, a)[0, 0]), options.repeats)
+    print(f"matrix product, {dtype}: {peak / 1e9:.0f} GFLOP/s")
+    return peak
 
 
 def main() -> None:
@@ -288,18 +300,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--memory", type=int, metavar="N", help="instead: train on N pairs")
     options = parser.parse_args()
     if options.memory:
         measure_memory(options.memory)
         return
     options.image_size = tuple(options.image_size)
-    print(f"{segment.describe_device()}, {os.cpu_count()} cores, {options.image_size}")
-    print(f"{'':42}{'here':>11}{'there':>13}")
-    measure_peak(options.repeats)
-    measure_loading(options)
-    for bfloat16 in (False, True):
-        measure_network(options, bfloat16)
+    with keras.device(f"{options.device}:0"):
+        device = segment.describe_device()
+        if options.device == "gpu" and device.lower().startswith("cpu"):
+            parser.error(f"--device gpu: the backend computes on {device}")
+        print(f"{device}, {os.cpu_count()} cores, {options.image_size}")
+        print(f"{'':42}{'here':>11}{'there':>13}")
+        measure_loading(options)
+        for bfloat16 in (False, True):
+            dtype = "bfloat16" if bfloat16 else "float32"
+            measure_network(options, bfloat16, measure_peak(options, dtype))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this run: {peak:.2f} GiB")
 
