@@ -177,8 +177,8 @@ def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace
         with quiet_startup():  # only now, so that --help and wrong options answer at once
             import segment
 
-            device = segment.describe_device()
             sharing = segment.data_parallel(getattr(options, "devices", 1))
+            device = segment.describe_device()
         print(f"Device: {device}")
         with sharing:
             steps(options)

@@ -5,8 +5,11 @@ log of the training, the scores, the figures and the predicted masks.
 """
 
 import argparse
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +45,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--bfloat16", action="store_true",
         help="compute in bfloat16 where that is safe: faster on recent processors and GPUs")
     add("--devices", type=positive, default=1, metavar="N",
-        help="share each batch among N devices of this host, on TensorFlow or JAX; a shorter last "
-             "batch of an epoch is left out (default: %(default)s)")
+        help="share each batch among N devices, on TensorFlow or JAX, there also of several hosts; "
+             "a shorter last batch of an epoch is left out (default: %(default)s)")
     add("--resume", action="store_true",
         help="go on with a training of the same options that was killed, from OUTPUT/last.keras")
     add("--start-from", metavar="FILE.keras", help="begin with the weights of this model")
@@ -67,6 +70,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.batch_size % options.devices:
         parser.error(f"--batch-size {options.batch_size} cannot be shared among {options.devices} "
                      "devices: give a multiple")
+    if os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") != "0":
+        # Every host computes the same, results included; the files of the first one are kept.
+        options.output = tempfile.mkdtemp(prefix="host-")
+        atexit.register(shutil.rmtree, options.output, ignore_errors=True)
+        options.save = str(Path(options.output) / "model.keras")
+    if options.resume and "KERAS_DISTRIBUTION_PROCESS_ID" in os.environ:
+        parser.error("--resume goes on with a training on one host only")
     if not options.save.endswith(".keras"):
         parser.error(f"--save {options.save}: the name of a model file ends in .keras")
     return options

@@ -952,10 +952,14 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         return math.floor(batches) if self.whole_batches else math.ceil(batches)
 
     def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
+        return self.share(index, 0, 1)
+
+    def share(self, index: int, host: int, hosts: int) -> Array | tuple[Array, Array]:
+        """Of a batch what one of several hosts computes: the rows in as many equal parts."""
         epoch = self.epoch
         chosen = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         try:
-            samples = [self._load(int(i), epoch) for i in chosen]
+            samples = [self._load(int(i), epoch) for i in np.array_split(chosen, hosts)[host]]
         except SegmentError as error:
             self.failure = error
             raise
@@ -1342,7 +1346,7 @@ def train_model(
         try:
             with _naming_the_file(train_generator, val_generator):
                 return model.fit(
-                    train_generator, validation_data=val_generator,
+                    _host_share(train_generator), validation_data=_host_share(val_generator),
                     callbacks=[keras.callbacks.TerminateOnNaN(), schedule, keeper],
                     initial_epoch=_count_epochs(model), epochs=end, verbose=verbose,
                     shuffle=False,  # the generator shuffles by itself
@@ -1533,7 +1537,7 @@ def predict(
         SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
     """
     _check_frame(model, generator)
-    with _naming_the_file(generator):
+    with _naming_the_file(generator), _each_host_alone():
         network = _mirrored(model) if mirror else model
         predictions = np.asarray(network.predict(_FullBatches(generator), verbose=verbose))
     predictions = predictions[: len(generator.image_paths)]
@@ -1541,6 +1545,28 @@ def predict(
         for prediction in predictions:
             prediction[..., 0] = _one_region(prediction[..., 0], model_record(model).threshold)
     return predictions
+
+
+class _HostShare(keras.utils.PyDataset):  # type: ignore[misc]
+    """What this host computes of each batch of a generator."""
+
+    def __init__(self, generator: ImageGenerator) -> None:
+        super().__init__(workers=generator.workers)
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.generator)
+
+    def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
+        return self.generator.share(index, *_this_host())
+
+    def on_epoch_end(self) -> None:
+        self.generator.on_epoch_end()
+
+
+def _host_share(generator: Any) -> Any:
+    alone = _this_host()[1] == 1 or not isinstance(generator, ImageGenerator)
+    return generator if alone else _HostShare(generator)
 
 
 class _FullBatches(keras.utils.PyDataset):  # type: ignore[misc]
@@ -1636,36 +1662,75 @@ def describe_device() -> str:
 
 
 def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
-    """Has models that are created and used inside share each batch among devices of this host.
+    """Has models that are created and used inside share each batch among several devices.
 
     GPUs where there are some, else processors: by `tf.distribute.MirroredStrategy` on TensorFlow,
     by `keras.distribution.DataParallel` on JAX. The losses are those of one device with the same
     batches, to rounding. Generators need a `batch_size` that divides and `whole_batches`.
 
+    On JAX several hosts may train one model. Each runs the same program, with the variables
+    `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` of
+    `keras.distribution.initialize`, enters this context before anything is computed, and loads its
+    own share of every batch. All must save when one does, each to a file of its own.
+
     Args:
-        devices: How many; with 1 everything is as without.
+        devices: How many, those of all hosts together; with 1 everything is as without.
 
     Returns:
         A context.
 
     Raises:
-        SegmentError: If there are not so many devices, or the backend is another one.
+        SegmentError: If there are not so many devices, the backend cannot share, or the hosts do
+            not find each other.
     """
-    if devices == 1:
-        return contextlib.nullcontext()
     backend = keras.backend.backend()
+    together = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
+    _require(not together or backend == "jax", f"Several hosts need JAX, but this is {backend}.")
+    if together and not sys.modules["jax"].distributed.is_initialized():
+        try:
+            keras.distribution.initialize()
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise SegmentError(
+                f"The hosts cannot be joined ({reason}): mend KERAS_DISTRIBUTION_JOB_ADDRESSES, "
+                "_NUM_PROCESSES and _PROCESS_ID, or unset them."
+            ) from error
+    if devices == 1 and not together:
+        return contextlib.nullcontext()
     found = keras.distribution.list_devices() if backend in ("tensorflow", "jax") else []
     _require(
-        1 < devices <= len(found),
+        1 < devices <= len(found) and (not together or devices == len(found)),
         f"{devices} devices were asked for, but {backend} can share batches among {len(found)} "
-        f"({_shorten(found)}): ask for fewer.",
+        f"({_shorten(found)}): ask for {'all' if together else 'fewer'}.",
     )
     if backend == "tensorflow":
         strategy = sys.modules["tensorflow"].distribute.MirroredStrategy(found[:devices])
     else:
-        strategy = keras.distribution.DataParallel(devices=found[:devices])
+        strategy = keras.distribution.DataParallel(
+            devices=found[:devices], auto_shard_dataset=False
+        )
     scope: contextlib.AbstractContextManager[Any] = strategy.scope()
     return scope
+
+
+def _this_host() -> tuple[int, int]:
+    """The number of this host, and how many compute together."""
+    if keras.backend.backend() != "jax":
+        return 0, 1
+    jax = sys.modules["jax"]
+    return jax.process_index(), jax.process_count()
+
+
+@contextlib.contextmanager
+def _each_host_alone() -> Iterator[None]:
+    """Among several hosts each predicts everything, since it cannot read what others hold."""
+    sharing = keras.distribution.distribution()
+    if _this_host()[1] > 1:
+        keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(sharing)
 
 
 def make_deterministic() -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import MakePairs
 
@@ -61,6 +63,62 @@ def test_two_devices_train_and_predict_as_one_does(
     assert both[1] == pytest.approx(one[1], abs=1e-3)
     assert both[2] == one[2]
     assert segment.load_model(tmp_path / "two.keras").input_shape == (None, 16, 16, 3)
+
+
+def test_two_hosts_train_as_one_does_and_the_first_one_writes(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    pytest.importorskip("jax")
+    images, masks = make_pairs(17)  # 8 to train on, 8 to validate, 1 to test on
+    folders = ["--image-dir", str(Path(images[0]).parent), "--mask-dir", str(Path(masks[0]).parent)]
+    size = ["--image-size", "16", "16", "--batch-size", "4", "--epochs", "2", "--val-split", "0.5"]
+    command = [sys.executable, "driver_train_save_evaluate.py", *folders, *size]
+
+    def start(name: str, *options: str, **settings: str) -> "subprocess.Popen[str]":
+        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        return subprocess.Popen(
+            [*command, "--output", str(tmp_path / name), *options],
+            env={**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": quick, **settings},
+            cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+    }
+    hosts = [
+        start(f"host{i}", "--devices", "2", KERAS_DISTRIBUTION_PROCESS_ID=str(i), **together)
+        for i in (0, 1)
+    ]
+    for process in (*hosts, start("alone")):
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
+    assert not (tmp_path / "host1").exists()
+    alone, both = (
+        np.genfromtxt(tmp_path / name / "training.csv", delimiter=",", names=True)
+        for name in ("alone", "host0")
+    )
+    assert len(both) == 2
+    for name in ("loss", "val_loss", "dice_coefficient"):
+        assert both[name] == pytest.approx(alone[name], abs=1e-3), name
+    assert (tmp_path / "host0" / "scores.csv").read_text().count("\n") == 2
+
+
+def test_hosts_that_cannot_be_joined_are_an_error() -> None:
+    settings = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "two", "KERAS_BACKEND": "jax"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import segment; segment.data_parallel(2)"],
+        env={**os.environ, **settings}, cwd=Path(__file__).parents[1], capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "SegmentError: The hosts cannot be joined (invalid literal" in done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
+        with pytest.raises(segment.SegmentError, match="Several hosts need JAX, but this is tens"):
+            segment.data_parallel(2)
 
 
 def test_more_devices_than_there_are_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
