@@ -70,12 +70,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.batch_size % options.devices:
         parser.error(f"--batch-size {options.batch_size} cannot be shared among {options.devices} "
                      "devices: give a multiple")
-    if os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") != "0":
+    together = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
+    if together and os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") != "0":
         # Every host computes the same, results included; the files of the first one are kept.
         options.output = tempfile.mkdtemp(prefix="host-")
         atexit.register(shutil.rmtree, options.output, ignore_errors=True)
         options.save = str(Path(options.output) / "model.keras")
-    if options.resume and "KERAS_DISTRIBUTION_PROCESS_ID" in os.environ:
+    if together and options.resume:
         parser.error("--resume goes on with a training on one host only")
     if not options.save.endswith(".keras"):
         parser.error(f"--save {options.save}: the name of a model file ends in .keras")

@@ -1561,6 +1561,7 @@ class _HostShare(keras.utils.PyDataset):  # type: ignore[misc]
         return self.generator.share(index, *_this_host())
 
     def on_epoch_end(self) -> None:
+        """Goes on to the next epoch; Keras calls it."""
         self.generator.on_epoch_end()
 
 

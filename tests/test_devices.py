@@ -141,3 +141,11 @@ def test_a_batch_that_cannot_be_shared_evenly_is_an_error(
 def test_one_device_changes_nothing_on_any_backend() -> None:
     with segment.data_parallel(1) as scope:
         assert scope is None
+
+
+def test_the_number_of_a_host_alone_moves_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_DISTRIBUTION_PROCESS_ID", "1")
+    options = driver_train_save_evaluate.parse_options(["--output", "here"])
+    assert options.save == str(Path("here") / "model.keras")
+    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
+    assert driver_train_save_evaluate.parse_options(["--output", "here"]).output != "here"
