@@ -1,5 +1,7 @@
 """Decoded pairs in memory and in the folder of a cache."""
 
+import hashlib
+import io
 import os
 import threading
 from pathlib import Path
@@ -81,7 +83,9 @@ def test_threads_that_share_a_folder_leave_one_whole_entry(
     for thread in threads:
         thread.join()
     (file,) = folder.iterdir()
-    assert np.load(file).shape == (*SIZE, 3)
+    content = file.read_bytes()
+    assert hashlib.sha256(content[32:]).digest() == content[:32]
+    assert np.load(io.BytesIO(content[32:])).shape == (*SIZE, 3)
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(
@@ -105,3 +109,26 @@ def test_the_check_leaves_nothing_to_decode_for_the_training_and_for_the_next_ch
         assert [finding.what for finding in findings] == [f"{masks[1]}: the mask is empty."]
         assert batches[0][0].shape == (3, *SIZE, 3)
     assert sorted(decoded) == sorted(images)
+
+
+def test_a_missing_mask_is_never_taken_for_none(make_pairs: MakePairs) -> None:
+    (image,), _ = make_pairs(1)
+    cache = segment.PairCache()
+    segment.create_generator([image], image_size=(16, 16), cache=cache)[0]
+    batches = segment.create_generator([image], ["gone.png"], image_size=(16, 16), cache=cache)
+    with pytest.raises(segment.SegmentError, match=r"gone\.png: there is no such file"):
+        batches[0]
+
+
+def test_an_entry_with_a_changed_byte_is_decoded_again(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    (image,), (mask,) = make_pairs(1)
+    expected = segment.PairCache(0, tmp_path / "cache").load(image, mask, (16, 16))
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = entry.read_bytes()
+    for position in range(0, len(whole), 97):
+        entry.write_bytes(whole[:position] + bytes([whole[position] ^ 255]) + whole[position + 1 :])
+        found = segment.PairCache(0, tmp_path / "cache").load(image, mask, (16, 16))
+        assert np.array_equal(found.image, expected.image)
+        assert np.array_equal(found.mask, expected.mask)

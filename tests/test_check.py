@@ -99,3 +99,9 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(make_pairs: Mak
     ((severity, what),) = found((images, masks))
     assert severity == "error"
     assert "cannot be read as an image (Image size (400000000 pixels)" in what
+
+
+def test_files_without_a_known_suffix_are_checked_too(make_pairs: MakePairs) -> None:
+    (image,), (mask,) = make_pairs(1)
+    plain = Path(image).rename(Path(image).with_suffix(""))
+    assert segment.check_pairs([plain], [mask]) == []

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakePairs, draw_lesion
-from PIL import Image
+from PIL import Image, ImageOps
 
 import segment
 
@@ -271,3 +271,35 @@ def test_a_frame_that_is_none_is_refused(make_pairs: MakePairs, image_size: Any)
     ):  # fmt: skip
         with pytest.raises(segment.SegmentError, match=r"image_size is .*expected \(height, width"):
             load(path, image_size)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_once_in_every_format(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    quarters(64, 32).save(path, exif=exif)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert segment.inspect([path]) == {upright.shape[:2]: 1}
+    assert np.array_equal(segment.load_input_image(path, None), upright)
+
+
+@pytest.mark.parametrize("white", [0, 1, 255, 65535])
+def test_a_mask_of_16_bits_is_reduced_like_any_other(tmp_path: Path, white: int) -> None:
+    levels = np.zeros((768, 1024), np.uint16)
+    levels[:, 512:] = white
+    Image.fromarray(levels).save(tmp_path / "mask.png")
+    mask = segment.load_segmented_image(tmp_path / "mask.png", (48, 64))[..., 0]
+    assert np.array_equal(mask[:, 32:], np.full((48, 32), white > 0))
+    assert not mask[:, :32].any()
+
+
+def test_other_formats_are_refused_whatever_their_name(tmp_path: Path) -> None:
+    quarters(8, 8).save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    with pytest.raises(segment.SegmentError, match=r"a\.jpg: cannot be read as an image"):
+        segment.load_input_image(tmp_path / "a.jpg")

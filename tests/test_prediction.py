@@ -94,3 +94,10 @@ def test_the_estimate_is_the_soft_dice_of_mask_and_probabilities() -> None:
     np.testing.assert_allclose(segment.estimate_dice(predictions), expected)
     (cut,) = segment.estimate_dice(predictions[:1], threshold=0.3)
     assert cut == pytest.approx(2 * 2.1 / (2.1 + 3))
+
+
+def test_a_batch_size_beyond_the_images_takes_no_more_memory(make_pairs: MakePairs) -> None:
+    images, _ = make_pairs(2)
+    batches = segment.create_generator(images, image_size=(16, 16), batch_size=10**9)
+    model = segment.create_model((16, 16), num_filters=1)
+    assert segment.predict(model, batches, verbose=0).shape == (2, 16, 16, 1)

@@ -331,3 +331,25 @@ def test_another_training_is_not_gone_on_with(make_pairs: MakePairs, tmp_path: P
     wide = segment.create_model(SIZE, num_filters=3)
     with pytest.raises(segment.SegmentError, match=r"last\.keras is of another network, other"):
         train_from(folder, make_pairs, model=wide)
+
+
+@pytest.mark.parametrize("content", [None, b"PK damaged"])
+def test_resuming_without_the_best_epoch_is_an_error(
+    make_pairs: MakePairs, tmp_path: Path, eager: None, content: bytes | None
+) -> None:
+    best, last = tmp_path / "best.keras", tmp_path / "last.keras"
+    train = segment.create_generator(*make_pairs(2), image_size=(16, 16))
+    model = segment.create_model((16, 16), num_filters=1)
+    segment.train_model(model, train, None, 1, save_path=best, resume_path=last, verbose=0)
+    best.write_bytes(content) if content else best.unlink()
+    again = segment.create_model((16, 16), num_filters=1)
+    with pytest.raises(segment.SegmentError, match=r"best\.keras"):
+        segment.train_model(again, train, None, 2, save_path=best, resume_path=last, verbose=0)
+
+
+def test_best_and_last_epoch_need_two_files(make_pairs: MakePairs, tmp_path: Path) -> None:
+    train = segment.create_generator(*make_pairs(1), image_size=(16, 16))
+    model = segment.create_model((16, 16), num_filters=1)
+    one = tmp_path / "one.keras"
+    with pytest.raises(segment.SegmentError, match="cannot hold both the best and the last epoch"):
+        segment.train_model(model, train, None, 1, save_path=one, resume_path=one)
