@@ -7,8 +7,10 @@ all images; without --mask-dir they are segmented only. Without folders: the syn
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,12 +40,11 @@ def load_evaluate(options: argparse.Namespace) -> None:
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks
-    if options.mask_dir is None:
-        image_paths, mask_paths = segment.find_images(options.image_dir), None
-        left_out: list[str] = []
-    else:
-        image_paths, mask_paths, left_out = find_checked_pairs(options)
-    print(f"{len(image_paths)} images in {options.image_dir}")
+    every = options.model is None or options.all or options.mask_dir is None
+    image_paths, mask_paths, left_out = find_checked_pairs(
+        options, (64, 64), subset=options.subset if every else None
+    )
+    print(f"{len(image_paths)} images of {options.image_dir}")
 
     if options.inspect:
         # 2. Inspect the sizes of the images
@@ -58,19 +59,19 @@ def load_evaluate(options: argparse.Namespace) -> None:
     record = segment.model_record(model)
     record.threshold = options.threshold or record.threshold
     predict_as_trained(options, record.origin.get("options", {}))
-    seen: list[str] = []
-    if mask_paths is not None and options.model is not None and not options.all:
-        image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
+    seen = segment.image_ids_seen(model, image_paths) if every and mask_paths else []
+    if not every:
+        image_paths, mask_paths = segment.stored_test_split(
+            model, image_paths, mask_paths, left_out=left_out
+        )
         print(f"Evaluating the {len(image_paths)} test images put aside in training")
-    elif mask_paths is not None:
-        seen = segment.image_ids_seen(model, image_paths[: options.subset])
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
               "scores do not count as a test.", file=sys.stderr)
 
     # 5. Predict the test set
     test_generator = segment.create_generator(
-        image_paths[: options.subset], mask_paths and mask_paths[: options.subset],
+        image_paths[: options.subset], mask_paths[: options.subset] or None,
         image_size=model.input_shape[1:3], batch_size=options.batch_size,
         cache=segment.PairCache(0),  # each image is needed once
     )
@@ -130,35 +131,42 @@ def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object
     for name, default in {"batch_size": 16, "mirror": True, "one_region": True}.items():
         if getattr(options, name) is None:
             value = trained.get(name)  # of a file that anybody may have written
-            setattr(options, name, value if type(value) is type(default) else default)
+            usual = type(value) is type(default) and value in range(512)  # True and False are too
+            setattr(options, name, value if usual else default)
 
 
 def find_checked_pairs(
-    options: argparse.Namespace, cache: "segment.PairCache | None" = None
+    options: argparse.Namespace,
+    decoded_size: tuple[int, int],
+    cache: "segment.PairCache | None" = None,
+    subset: int | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
-    """Images and masks, and the images that were left out; tells what is wrong with the files.
+    """Images, masks (if there are), and the images left out; tells what is wrong with the files.
 
-    Those that will be trained on are decoded into the cache on the way, at twice the frame.
+    All are decoded in `decoded_size` into the cache, if there is one, on the way.
     """
     import segment
 
-    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
-    height, width = options.image_size if cache else (32, 32)
+    if options.mask_dir is None:
+        image_paths, mask_paths = segment.find_images(options.image_dir), list[str]()
+    else:
+        image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    image_paths, mask_paths = image_paths[:subset], mask_paths[:subset]
     findings = segment.check_pairs(
-        image_paths, mask_paths, image_size=(2 * height, 2 * width), cache=cache,
+        image_paths, mask_paths or None, image_size=decoded_size, cache=cache,
         verbose=int(sys.stdout.isatty()),
     )
     for finding in findings:
         print(f"{finding.severity.capitalize()}: {finding.what}", file=sys.stderr)
-    bad = sorted({finding.path for finding in findings if finding.severity == "error"})
-    if bad and not options.skip_bad:
+    bad = dict.fromkeys(finding.path for finding in findings if finding.severity == "error")
+    if bad and (len(bad) == len(image_paths) or not options.skip_bad):
         raise segment.SegmentError(
-            f"{len(bad)} of {len(image_paths)} pairs cannot be used (see above): mend the files, "
-            "or leave these pairs out with --skip-bad."
+            f"{len(bad)} of {len(image_paths)} images cannot be used (see above): mend the files, "
+            "or leave these out with --skip-bad."
         )
-    pairs = zip(image_paths, mask_paths, strict=True)
-    good = [(image, mask) for image, mask in pairs if image not in bad]
-    return [image for image, _ in good], [mask for _, mask in good], bad
+    good = [i for i, path in enumerate(image_paths) if path not in bad]
+    masks = [mask_paths[i] for i in good if mask_paths]
+    return [image_paths[i] for i in good], masks, list(bad)
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -173,10 +181,18 @@ def positive(text: str) -> int:
 
 def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Runs a driver's steps; returns its exit status: 0, 2 after bad input, 130 after Ctrl-C."""
+    with contextlib.suppress(AttributeError):  # names that the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.showwarning = lambda what, *_: print(f"Warning: {what}", file=sys.stderr)
     try:
         with quiet_startup():  # only now, so that --help and wrong options answer at once
-            import segment
-
+            segment = importlib.import_module("segment")
+    except KeyboardInterrupt:
+        return interrupted()
+    except (ImportError, ValueError) as error:  # a ValueError if there is no such backend
+        return complain(f"{error}: pip install -r requirements.txt, and mind KERAS_BACKEND")
+    try:
+        with quiet_startup():
             sharing = segment.data_parallel(getattr(options, "devices", 1))
             device = segment.describe_device()
         print(f"Device: {device}")
@@ -184,18 +200,20 @@ def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace
             steps(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except ImportError as error:
-        return complain(f"{error}: pip install -r requirements.txt")
+        return interrupted()
     except OSError as error:
         if error.filename is not None:
-            return complain(f"{error.filename}: {error.strerror}; choose another place")
+            return complain(f"{error.filename}: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes the rest on exit
         return complain(f"what the driver prints cannot be written ({error.strerror})")
     except segment.SegmentError as error:
         return complain(str(error))
     return 0
+
+
+def interrupted() -> int:
+    print("\nInterrupted.", file=sys.stderr)
+    return 130
 
 
 def complain(sentence: str) -> int:

@@ -7,6 +7,7 @@ log of the training, the scores, the figures and the predicted masks.
 import argparse
 import atexit
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -85,6 +86,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def train_save_evaluate(options: argparse.Namespace) -> None:
     import keras
+    import numpy
+    import PIL
 
     import segment
 
@@ -96,9 +99,11 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     # 1. Load the file names of the ISIC images and masks
     cache = segment.PairCache(0, options.cache) if options.cache else segment.PairCache()
-    image_paths, mask_paths, left_out = find_checked_pairs(options, cache)
-    image_paths, mask_paths = image_paths[: options.subset], mask_paths[: options.subset]
-    print(f"{len(image_paths)} pairs in {options.image_dir}")
+    height, width = options.image_size
+    image_paths, mask_paths, left_out = find_checked_pairs(
+        options, (2 * height, 2 * width), cache, options.subset  # as a generator that augments
+    )
+    print(f"{len(image_paths)} pairs of {options.image_dir}")
 
     if options.inspect:
         # 2. Inspect the sizes of the images
@@ -130,22 +135,23 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
     segment.model_record(model).origin = {
         "options": vars(options), "device": segment.describe_device(), "left_out": left_out,
+        "python": platform.python_version(), "numpy": numpy.__version__, "pillow": PIL.__version__,
         "sha256_of_images": segment.checksum(image_paths),
         "sha256_of_masks": segment.checksum(mask_paths),
     }  # fmt: skip
     if options.start_from:
-        model.set_weights(segment.load_model(options.start_from).get_weights())
+        segment.load_weights(model, options.start_from)
 
     # 7. Train it, the best epoch so far in the file; then save it with its whole history
     began = time.time()
-    if not options.resume and os.path.exists(output / "last.keras"):
-        os.remove(output / "last.keras")
+    if options.resume and not (output / "last.keras").exists():
+        print(f"There is no training to go on with in {output}: this one begins anew")
     try:
         segment.train_model(
             model, train_generator, val_generator, options.epochs,
             learning_rate=options.learning_rate,
             save_path=options.save, split=split, log_path=output / "training.csv",
-            resume_path=output / "last.keras",
+            resume_path=output / "last.keras", resume=options.resume,
         )
     except KeyboardInterrupt:
         if os.path.exists(options.save) and os.path.getmtime(options.save) >= began:

@@ -21,8 +21,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -30,13 +32,16 @@ import re
 import sys
 import tempfile
 import threading
+import time
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -76,6 +81,7 @@ __all__ = [  # noqa: RUF022, by the alphabet
     "load_input_image",
     "load_model",
     "load_segmented_image",
+    "load_weights",
     "make_deterministic",
     "METRICS",
     "model_record",
@@ -103,6 +109,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # all that is decoded; MPO comes with JPEG
+MAX_PIXELS = 2**26  # of a photograph; ISIC's largest have half of that
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -334,6 +341,12 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
     """An opened picture; what Pillow raises on a bad file becomes one sentence with its name."""
     try:
         with Image.open(path, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            _require(
+                pixels <= MAX_PIXELS,
+                f"{path}: has {pixels} pixels, but no photograph of skin has more than "
+                f"{MAX_PIXELS}: scale it down or leave it out.",
+            )
             yield image
     except SegmentError:
         raise
@@ -433,13 +446,21 @@ class PairCache:
 
     Args:
         max_bytes: How much to keep in memory; a pair takes 4 bytes a pixel of the frame.
-        folder: Where to keep the rest; `None` decodes it each time.
+        folder: Where to keep the rest; `None` decodes it each time, and so does a disk that is
+            full, after a warning.
+
+    Raises:
+        SegmentError: If the folder cannot be written to.
     """
 
     def __init__(self, max_bytes: int = 2**31, folder: StrPath | None = None) -> None:
         self.bytes_left = max_bytes
         self.folder = None if folder is None else Path(folder)
         self._kept: dict[str, Decoded] = {}
+        self._lock = threading.Lock()  # of the two above, which several threads change
+        if self.folder is not None:
+            _check_file_to_write(self.folder / "entry.npy")
+            _remove_leftovers(self.folder)
 
     def load(self, image_path: str, mask_path: str | None, image_size: Size) -> Decoded:
         """A decoded pair; without a mask, an empty one.
@@ -455,11 +476,19 @@ class PairCache:
         if decoded is None:
             decoded = _decode(image_path, mask_path, image_size)
             if file:
-                _write_entry(decoded, file)
-        if decoded.nbytes <= self.bytes_left:
-            self.bytes_left -= decoded.nbytes
-            self._kept[key] = decoded
+                self._write(decoded, file)
+        with self._lock:
+            if key not in self._kept and decoded.nbytes <= self.bytes_left:
+                self.bytes_left -= decoded.nbytes
+                self._kept[key] = decoded
         return decoded
+
+    def _write(self, decoded: Decoded, file: Path) -> None:
+        try:
+            _write_entry(decoded, file)
+        except SegmentError as error:
+            self.folder = None  # and no more warnings
+            warnings.warn(f"Pairs are decoded each time from now on: {error}", stacklevel=2)
 
 
 class Decoded(NamedTuple):
@@ -477,13 +506,12 @@ class Decoded(NamedTuple):
 
 def _decode(image_path: str, mask_path: str | None, image_size: Size) -> Decoded:
     image = load_input_image(image_path, image_size)
+    oddities = _file_oddities(image_path, ("RGB",))
     if mask_path is None:
-        return Decoded(image, np.zeros((*image_size, 1), np.uint8), [])
+        return Decoded(image, np.zeros((*image_size, 1), np.uint8), oddities)
     _check_same_size(image_path, mask_path)
     mask = _open_mask(mask_path)
-    oddities = [*_check_suffix(image_path), *_check_suffix(mask_path)]
-    oddities += [f"{mask_path}: the mask {what}." for what in _mask_oddities(mask)]
-    return Decoded(image, _fit_mask(mask, image_size), oddities)
+    return Decoded(image, _fit_mask(mask, image_size), oddities + _mask_oddities(mask, mask_path))
 
 
 def _check_same_size(image_path: str, mask_path: str) -> None:
@@ -525,7 +553,7 @@ def _write_entry(decoded: Decoded, file: Path) -> None:
     np.save(stream, decoded.mask)
     stream.write(json.dumps(decoded.oddities).encode())
     content = stream.getvalue()
-    with contextlib.suppress(SegmentError), _written_whole(file) as temporary:
+    with _written_whole(file) as temporary:
         temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
 
@@ -591,7 +619,7 @@ class Finding(NamedTuple):
 
 def check_pairs(
     image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath],
+    mask_paths: Sequence[StrPath] | None = None,
     *,
     image_size: Size = (64, 64),
     cache: PairCache | None = None,
@@ -601,12 +629,12 @@ def check_pairs(
 
     Errors are files that cannot be read (cut short, empty, too large to be a photograph), masks
     with other values than two, and masks of another size than their image. Warnings are files of
-    another type than their name says, images that occur twice, and masks that are empty, full,
-    seemingly inverted, of several regions or with holes.
+    another type than their name says or of an odd mode (CMYK, 16 bits), files that occur twice,
+    and masks that are empty, full, seemingly inverted, of several regions or with holes.
 
     Args:
         image_paths: Image files.
-        mask_paths: Their masks, in the same order.
+        mask_paths: Their masks, in the same order; `None` to check images alone.
         image_size: Frame in which good pairs are decoded.
         cache: Receives them. At the `decoded_size` of the generator that will ask for them, the
             first epoch has nothing left to decode; with a folder, nor has the next check.
@@ -617,94 +645,122 @@ def check_pairs(
         `what`, a sentence that names the file at fault.
 
     Raises:
-        SegmentError: If the lists differ in length.
+        SegmentError: If the lists differ in length, or `image_size` is none.
     """
-    _check_lengths(image_paths, mask_paths)
-    cache = cache or PairCache(0)
-    progress = keras.utils.Progbar(len(image_paths), verbose=verbose, unit_name="pair checked")
+    _check_lengths(image_paths, image_paths if mask_paths is None else mask_paths)
+    images = [str(path) for path in image_paths]
+    masks = [None] * len(images) if mask_paths is None else [str(path) for path in mask_paths]
+    size, cache = _check_image_size(image_size), cache or PairCache(0)
+    progress = keras.utils.Progbar(len(images), verbose=verbose, unit_name="pair checked")
     findings = []
-
-    def check(image_path: StrPath, mask_path: StrPath) -> list[Finding]:
-        return _check_pair(str(image_path), str(mask_path), image_size, cache)
-
     with ThreadPoolExecutor() as pool:
-        for found in pool.map(check, image_paths, mask_paths):
+        for found in pool.map(functools.partial(_check_pair, size, cache), images, masks):
             findings += found
             progress.add(1)
-    findings += _find_duplicates([str(path) for path in image_paths])
+    findings += _find_duplicates([(image, image) for image in images], "image")
+    pairs = zip(masks, images, strict=True)
+    findings += _find_duplicates([(mask, image) for mask, image in pairs if mask], "mask")
     return sorted(findings, key=lambda finding: finding.severity)
 
 
 def _check_pair(
-    image_path: str, mask_path: str, image_size: Size, cache: PairCache
+    image_size: Size, cache: PairCache, image_path: str, mask_path: str | None
 ) -> list[Finding]:
     try:
         oddities = cache.load(image_path, mask_path, image_size).oddities
         return [Finding("warning", image_path, what) for what in oddities]
-    except SegmentError:  # the first of two errors, perhaps
+    except SegmentError:  # the first of several faults, perhaps
         pass
-    errors = [_error(load_input_image, image_path), _error(load_segmented_image, mask_path)]
-    if errors == ["", ""]:
-        errors = [_error(_check_same_size, image_path, mask_path)]
-    return [Finding("error", image_path, what) for what in errors if what]
+    looks = [functools.partial(_look_at_image, image_path)]
+    if mask_path is not None:
+        looks.append(functools.partial(_look_at_mask, mask_path))
+        looks.append(functools.partial(_look_at_sizes, image_path, mask_path))
+    findings = []
+    for look in looks:
+        try:
+            findings += [Finding("warning", image_path, what) for what in look()]
+        except SegmentError as error:
+            findings.append(Finding("error", image_path, str(error)))
+    return list(dict.fromkeys(findings))  # of a file without a header two looks say the same
 
 
-def _error(function: Callable[..., Any], *arguments: Any) -> str:
-    """What a function complains of, nothing if it does not."""
-    try:
-        function(*arguments)
-    except SegmentError as error:
-        return str(error)
-    return ""
+def _look_at_image(path: str) -> list[str]:
+    load_input_image(path)
+    return _file_oddities(path, ("RGB",))
 
 
-def _check_suffix(path: str) -> list[str]:
+def _look_at_mask(path: str) -> list[str]:
+    return _mask_oddities(_open_mask(path), path)
+
+
+def _look_at_sizes(image_path: str, mask_path: str) -> list[str]:
+    _check_same_size(image_path, mask_path)
+    return []
+
+
+def _file_oddities(path: str, modes: Sequence[str]) -> list[str]:
+    """Another type than the name says, another mode than the usual ones."""
     expected = Image.registered_extensions().get(Path(path).suffix.lower())
     with _open_image(path) as image:
-        if expected is None or image.format in (expected, "MPO"):  # a JPEG with a preview in it
-            return []
-        return [f"{path}: the file is a {image.format}, whatever its name says."]
+        known = expected is None or image.format in (expected, "MPO")  # a JPEG with a preview
+        found = {
+            f"the file is a {image.format}, whatever its name says": not known,
+            f"the mode is {image.mode}, where {modes[0]} is usual": image.mode not in modes,
+        }
+    return [f"{path}: {what}." for what, odd in found.items() if odd]
 
 
-def _mask_oddities(image: Image.Image) -> list[str]:
-    """What an expert's outline would not look like, at a quarter of a million pixels or fewer."""
-    step = 1 + max(image.size) // 512
-    mask = np.asarray(image)[::step, ::step] > 0
-    if mask.all() or not mask.any():
-        return ["is full" if mask.any() else "is empty"]
-    rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    regions = ndimage.label(mask, np.ones((3, 3)))[1]
-    holes = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)[1]
+def _mask_oddities(mask: Image.Image, path: str) -> list[str]:
+    """What an expert's outline would not look like, in a quarter of a million blocks or fewer."""
+    levels = np.flatnonzero(mask.histogram()).tolist()
+    # A block is 255 where all of its pixels are lesion, and more than 0 where any is.
+    blocks = np.asarray(mask.reduce(1 + max(mask.size) // 512))
+    rim = np.concatenate([blocks[0], blocks[-1], blocks[:, 0], blocks[:, -1]])
+    regions = ndimage.label(blocks, np.ones((3, 3)))[1]
+    whole = blocks == 255
+    holes = ndimage.label(ndimage.binary_fill_holes(whole) & ~whole)[1]
+    inverted = len(levels) == 2 and (rim >= 128).mean() > 0.9
     found = {
-        "seems to be inverted, since its rim is lesion": rim.mean() > 0.9,
+        "is empty": levels == [0],
+        "is full": levels == [255],
+        "seems to be inverted, since its rim is lesion": inverted,
         f"has {regions} regions": regions > 1,
         f"has holes ({holes})": holes > 0,
     }
-    return [what for what, odd in found.items() if odd]
+    oddities = [f"{path}: the mask {what}." for what, odd in found.items() if odd]
+    return _file_oddities(path, ("L", "1", "P")) + oddities
 
 
 def checksum(paths: Sequence[StrPath]) -> str:
     """SHA-256 of the names and contents of files, in their order."""
-
-    def digest(path: StrPath) -> bytes:
-        return Path(path).name.encode() + hashlib.sha256(Path(path).read_bytes()).digest()
-
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, paths))).hexdigest()
+        contents = pool.map(_digest, paths)
+        parts = (
+            Path(path).name.encode() + content
+            for path, content in zip(paths, contents, strict=True)
+        )
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _find_duplicates(paths: list[str]) -> list[Finding]:
-    """Files with the same bytes; only those of one length are read."""
-    readable = [path for path in paths if os.path.isfile(path)]
-    lengths = Counter(map(os.path.getsize, readable))
+def _digest(path: StrPath) -> bytes:
+    """SHA-256 of a file's content, nothing of one that cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError:
+        return b""
+
+
+def _find_duplicates(files: Sequence[tuple[str, str]], kind: str) -> list[Finding]:
+    """Of `(path, image)` the paths with the same bytes; only those of one length are read."""
+    lengths = [os.path.getsize(path) if os.path.isfile(path) else 0 for path, _ in files]
+    common = Counter(lengths)
     first: dict[bytes, str] = {}
     findings = []
-    for path in readable:
-        if lengths[os.path.getsize(path)] > 1:
-            digest = hashlib.sha256(Path(path).read_bytes()).digest()
-            if first.setdefault(digest, path) != path:
-                what = f"{path}: the same image as {first[digest]}."
-                findings.append(Finding("warning", path, what))
+    for (path, image), length in zip(files, lengths, strict=True):
+        digest = _digest(path) if length and common[length] > 1 else b""
+        if digest and first.setdefault(digest, path) != path:
+            what = f"{path}: the same {kind} as {first[digest]}."
+            findings.append(Finding("warning", image, what))
     return findings
 
 
@@ -820,13 +876,14 @@ def train_val_test_split(
         mask_paths: Their masks, in the same order.
         val_split: Share of what is left after the test set that validates, in [0, 1).
         test_split: Share of all that tests, in [0, 1). Counts are rounded down, but a share
-            above 0 gets at least one pair.
+            above 0 gets at least one lesion.
         seed: The same seed gives the same split.
         group: Whether images that `find_same_lesions` takes for one lesion stay together.
 
     Returns:
         `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs, or
-        the nearest below that the lesions allow. Every pair is in exactly one of them.
+        the nearest below that the lesions allow (above, where the smallest one has more pairs),
+        which it warns of. Every pair is in exactly one of them.
 
     Raises:
         SegmentError: If the lists differ in length, a share is out of range, or nothing is left
@@ -838,24 +895,33 @@ def train_val_test_split(
         _require(0 <= share < 1, f"{name} is {share}: expected a share from 0 to below 1.")
     pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
     lesions = _group(pairs, _number_lesions(pairs) if group else range(len(pairs)))
-    rest, test = _draw(lesions, test_split, seed)
-    train, val = _draw(rest, val_split, seed)
+    rest, test = _draw(lesions, _count(test_split, len(pairs)), seed)
+    train, val = _draw(rest, _count(val_split, sum(map(len, rest))), seed)
     _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
+def _count(share: float, pairs: int) -> int:
+    return max(1, math.floor(share * pairs + 1e-9)) if share else 0  # 0.29 * 100 is 28.99...
+
+
 def _draw(
-    lesions: list[list[Pair]], share: float, seed: int
+    lesions: list[list[Pair]], count: int, seed: int
 ) -> tuple[list[list[Pair]], list[list[Pair]]]:
-    """Draws lesions at random until they hold a `share` of the pairs: `(rest, drawn)`."""
-    count = sum(map(len, lesions))
-    wanted = max(1, math.floor(share * count + 1e-9)) if share else 0  # 0.29 * 100 is 28.99...
+    """Draws lesions at random until they hold `count` pairs: `(rest, drawn)`."""
+    wanted = max(count, min(map(len, lesions), default=0)) if count else 0
     rest: list[list[Pair]] = []
     drawn: list[list[Pair]] = []
     for lesion in shuffle(lesions, random_state=seed):
         fits = len(lesion) <= wanted
         wanted -= fits * len(lesion)
         (drawn if fits else rest).append(lesion)
+    if sum(map(len, drawn)) != count:
+        warnings.warn(
+            f"{sum(map(len, drawn))} pairs are put aside rather than {count}, since the images of "
+            "one lesion stay together.",
+            stacklevel=3,
+        )
     return rest, drawn
 
 
@@ -1269,19 +1335,19 @@ def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
     hit = int(np.count_nonzero((truth == 1) & (prediction == 1)))
     missed, extra = int(np.count_nonzero(truth)) - hit, int(np.count_nonzero(prediction)) - hit
     rest = truth.size - hit - missed - extra
-
-    def ratio(part: int, whole: int) -> float:
-        return part / whole if whole else 1.0
-
-    jaccard = ratio(hit, hit + missed + extra)
+    jaccard = _ratio(hit, hit + missed + extra)
     return {
-        "dice": ratio(2 * hit, 2 * hit + missed + extra),
+        "dice": _ratio(2 * hit, 2 * hit + missed + extra),
         "jaccard": jaccard,
         "thresholded_jaccard": jaccard if jaccard >= JACCARD_FAILURE else 0.0,
-        "sensitivity": ratio(hit, hit + missed),
-        "specificity": ratio(rest, rest + extra),
-        "accuracy": ratio(hit + rest, truth.size),
+        "sensitivity": _ratio(hit, hit + missed),
+        "specificity": _ratio(rest, rest + extra),
+        "accuracy": _ratio(hit + rest, truth.size),
     }
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1300,6 +1366,7 @@ def train_model(
     split: Sequence[Pairs] | None = None,
     log_path: StrPath | None = None,
     resume_path: StrPath | None = None,
+    resume: bool = True,
     verbose: str | int = "auto",
 ) -> keras.callbacks.History:
     """Trains a new model, or goes on with one that was trained before.
@@ -1324,6 +1391,7 @@ def train_model(
         resume_path: `.keras` file that holds the last epoch. If it is there already, a training
             that was killed goes on from it to the same end: the same weights, where the backend
             computes alike twice. Its best epoch is in `save_path`, which it needs.
+        resume: Whether to do so; otherwise such a file is removed.
         verbose: Progress display, as in `keras.Model.fit`.
 
     Returns:
@@ -1336,16 +1404,20 @@ def train_model(
     """
     _check_training(model, (train_generator, val_generator), epochs, learning_rate)
     for path, suffix in ((save_path, ".keras"), (resume_path, ".keras"), (log_path, "")):
-        _check_file_to_write(path, suffix)
+        if path is not None:
+            _check_file_to_write(path, suffix)
+            _remove_leftovers(Path(path).parent)
     same = None not in (save_path, resume_path) and Path(save_path or "") == Path(resume_path or "")
     _require(not same, f"{save_path} cannot hold both the best and the last epoch: name two files.")
     _compile(model)
     if split is not None:
         model_record(model).split = _split_names(split)
     end = _count_epochs(model) + epochs
-    resumed = resume_path is not None and Path(resume_path).exists()
+    resumed = resume and resume_path is not None and Path(resume_path).exists()
     if resumed:
         _resume(model, str(resume_path))
+    elif resume_path is not None:
+        Path(resume_path).unlink(missing_ok=True)
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
     )
@@ -1404,16 +1476,24 @@ def _count_epochs(model: keras.Model) -> int:
 
 def _resume(model: keras.Model, path: str) -> None:
     """Puts weights, optimizer and record of a training that was interrupted into a model."""
-    earlier = load_model(path)
-    shapes, expected = ([weight.shape for weight in unet.weights] for unet in (earlier, model))
+    before = model_record(_load_same_network(path, model))
+    old, new = (_facts(record) for record in (before, model_record(model)))
+    changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
     _require(
-        shapes == expected and model_record(earlier).split == model_record(model).split,
-        f"{path} is of another network, other images or another split: give the options of the "
-        "training that was interrupted, or begin anew.",
+        not changed,
+        f"{path} is of a training with other values of {_shorten(sorted(changed))}: give the "
+        "images and the options of the one that was interrupted, or begin anew.",
     )
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
-    model.record = model_record(earlier)
+    model.record = before
+
+
+def _facts(record: ModelRecord) -> dict[str, Any]:
+    """What must be the same for a training to go on, as far as it is told."""
+    told = {"split": record.split, **record.origin, **record.origin.get("options", {})}
+    names = ("split", "sha256_of_images", "sha256_of_masks", "seed", "batch_size", "learning_rate")
+    return {name: told[name] for name in names if name in told}
 
 
 class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
@@ -1641,13 +1721,14 @@ def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
     """
     _check_predictions(generator, predictions)
     _masks_of(generator)
-    truth = np.concatenate([generator[i][1] for i in range(len(_FullBatches(generator)))])
-
-    def mean_dice(threshold: float) -> float:
+    images = range(len(generator.image_paths))
+    truth = np.stack([generator._load(i, generator.epoch)[1] for i in images])
+    mean_dice = {}
+    for threshold in (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7):
         cut = (predictions >= threshold).astype("float32")
-        return float(np.mean(ops.convert_to_numpy(dice_coefficient(truth, cut))))
-
-    return max((0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7), key=mean_dice)
+        dice = ops.convert_to_numpy(dice_coefficient(truth, cut))
+        mean_dice[threshold] = float(dice.mean())
+    return max(mean_dice, key=mean_dice.__getitem__)
 
 
 def estimate_dice(predictions: Array, *, threshold: float = 0.5) -> NDArray[np.float64]:
@@ -1862,6 +1943,7 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     _require(whole, f"{path}: not a .keras file, or cut short; give one that save_model wrote.")
     try:
         _check_members(path)
+        _check_weights(path)
         model = keras.saving.load_model(path, safe_mode=True)
         model.record = _read_record(path)
         shapes = model.input_shape, model.output_shape
@@ -1892,6 +1974,42 @@ def _check_members(path: StrPath) -> None:
     )
 
 
+def _check_weights(path: StrPath) -> None:
+    """Refuses a file that declares more weights, in either place, than it has bytes for."""
+    with zipfile.ZipFile(path) as archive:
+        config, weights = json.loads(archive.read("config.json")), archive.read("model.weights.h5")
+    compiled = {**(config.pop("compile_config", None) or {}), "optimizer": None}
+    sizes: list[int] = []
+    kinds = set()
+    with h5py.File(io.BytesIO(weights)) as file:
+        file.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+        file.visititems_links(lambda _, link: kinds.add(type(link)))
+    # In a thread of its own, since Keras remembers by thread which variables have no values yet.
+    with ThreadPoolExecutor(1) as pool:
+        count = pool.submit(_count_parameters, config).result()
+    _require(
+        max(sum(sizes), count) <= len(weights) and kinds <= {h5py.HardLink},
+        f"{path} declares {count} weights and {sum(sizes)} bytes of them, but holds {len(weights)}:"
+        " do not trust it.",
+    )
+    largest = max(_integers(compiled), default=0)  # such as the classes of a confusion matrix
+    _require(largest <= 1024, f"{path} has metrics of size {largest}: do not trust it.")
+
+
+def _count_parameters(config: dict[str, Any]) -> int:
+    """How many a network would have, without the memory for them."""
+    with keras.StatelessScope(initialize_variables=False):
+        return int(keras.saving.deserialize_keras_object(config).count_params())
+
+
+def _integers(tree: Any) -> list[int]:
+    """All whole numbers of a JSON document."""
+    if isinstance(tree, int):
+        return [tree]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return [number for branch in branches for number in _integers(branch)]
+
+
 def _read_record(path: StrPath) -> ModelRecord:
     with zipfile.ZipFile(path) as archive:
         if RECORD_MEMBER not in archive.namelist():
@@ -1903,12 +2021,37 @@ def _read_record(path: StrPath) -> ModelRecord:
             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py."
         )
     # Values of another type raise here rather than where they are used.
-    return ModelRecord(
+    record = ModelRecord(
         split={part: [str(name) for name in names] for part, names in fields["split"].items()},
-        threshold=_check_threshold(float(fields["threshold"])),
+        threshold=float(fields["threshold"]),
         history={name: list(map(float, curve)) for name, curve in fields["history"].items()},
-        origin=dict(fields.get("origin", {})),
+        origin={"options": {}, **fields.get("origin", {})},
     )
+    lengths = [len(curve) for curve in record.history.values()]
+    valid = 0 < record.threshold < 1 and isinstance(record.origin["options"], dict)
+    valid = valid and all(0 < length <= len(record.history["loss"]) for length in lengths)
+    _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
+    return record
+
+
+def load_weights(model: keras.Model, path: StrPath) -> None:
+    """Puts the weights of a model file into a model, whatever the frames of both are.
+
+    Args:
+        model: What `create_model` returned; changed in place.
+        path: The `.keras` file of a model of as many filters.
+
+    Raises:
+        SegmentError: If the file cannot be loaded, or is of another network.
+    """
+    model.set_weights(_load_same_network(path, model).get_weights())
+
+
+def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
+    loaded = load_model(path)
+    found, expected = ([weight.shape for weight in unet.weights] for unet in (loaded, model))
+    _require(found == expected, f"{path} is of another network: give one with the same layers.")
+    return loaded
 
 
 def _split_names(split: Sequence[Pairs]) -> dict[str, list[str]]:
@@ -1917,7 +2060,11 @@ def _split_names(split: Sequence[Pairs]) -> dict[str, list[str]]:
 
 
 def stored_test_split(
-    model: keras.Model, image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]
+    model: keras.Model,
+    image_paths: Sequence[StrPath],
+    mask_paths: Sequence[StrPath],
+    *,
+    left_out: Iterable[StrPath] = (),
 ) -> Pairs:
     """The test set that was put aside when the model was trained.
 
@@ -1925,6 +2072,7 @@ def stored_test_split(
         model: A loaded model.
         image_paths: Image files of the folder that it was trained on.
         mask_paths: Their masks, in the same order.
+        left_out: Images of the test set to do without.
 
     Returns:
         `(image_paths, mask_paths)` of the test set, in the order of the split.
@@ -1932,7 +2080,8 @@ def stored_test_split(
     Raises:
         SegmentError: If the model holds no test set, or part of it is not among the images.
     """
-    names = model_record(model).split.get("test", [])
+    without = {Path(image).name for image in left_out}
+    names = [name for name in model_record(model).split.get("test", ()) if name not in without]
     _require(bool(names), "The model file names no test set: score every image (with --all).")
     pairs = zip(map(str, image_paths), map(str, mask_paths), strict=True)
     found = {Path(image).name: (image, mask) for image, mask in pairs}
@@ -1953,10 +2102,8 @@ def image_ids_seen(model: keras.Model, image_paths: Sequence[StrPath]) -> list[s
     return [image_id(path) for path in image_paths if image_id(path) in seen]
 
 
-def _check_file_to_write(path: StrPath | None, suffix: str = "") -> None:
+def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
     """Complains before the work, not after it; makes the folder."""
-    if path is None:
-        return
     path = Path(path)
     _require(path.name.endswith(suffix), f"{path} does not end in {suffix}: give a name that does.")
     _require(not path.is_dir(), f"{path} is a folder: give the name of a file.")
@@ -1964,22 +2111,35 @@ def _check_file_to_write(path: StrPath | None, suffix: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SegmentError(f"{path}: cannot be written ({error.strerror}).") from error
+    writable = os.access(path.parent, os.W_OK)
+    _require(writable, f"{path}: cannot be written (the folder does not allow it).")
 
 
 @contextlib.contextmanager
 def _written_whole(path: StrPath) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place only when it is complete."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}{path.suffix}")
     _check_file_to_write(path)
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut might keep the new name and not the content
         temporary.replace(path)
     except OSError as error:
         raise SegmentError(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed left half-written, which takes seconds to write."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            old = path.stat().st_mtime < time.time() - 3600
+            if old and re.fullmatch(r"\.\d+-\d+\.\w+", path.name):
+                path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2083,6 +2243,8 @@ def results(
         SegmentError: If a mask has not its image's size, the predictions do not belong to the
             generator, or a file cannot be written.
     """
+    for folder in ("", "masks", "overlays") if output_dir is not None else ():
+        _remove_leftovers(Path(output_dir or "") / folder)
     scores = _score_images(test_generator, predictions, threshold, output_dir)
     summary = {"threshold": threshold, **(notes or {}), **summarize(scores)}
     print(_report(summary))
@@ -2104,23 +2266,34 @@ def _score_images(
     _check_predictions(generator, predictions)
     _check_threshold(threshold)
     estimates = estimate_dice(predictions, threshold=threshold)
-
-    def score(i: int) -> dict[str, Any]:
-        image_path = generator.image_paths[i]
-        mask = _restore_mask(image_path, predictions[i], threshold)
-        scores: dict[str, Any] = {"id": image_id(image_path)}
-        if generator.mask_paths is not None:
-            _check_same_size(image_path, generator.mask_paths[i])
-            truth = load_segmented_image(generator.mask_paths[i], None)[..., 0]
-            scores.update(score_masks(truth, mask))
-        if output_dir is not None:
-            _write_mask(mask, image_path, Path(output_dir) / "masks")
-        if output_dir is not None and generator.mask_paths is None:
-            _write_overlay(mask, image_path, Path(output_dir) / "overlays")
-        return {**scores, "estimated_dice": float(estimates[i])}
-
+    folder = None if output_dir is None else Path(output_dir)
+    score = functools.partial(_score_image, threshold, folder)
+    masks = generator.mask_paths or itertools.repeat(None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(score, range(len(predictions))))
+        scores = pool.map(score, generator.image_paths, masks, predictions)
+        return [
+            {**score, "estimated_dice": float(estimate)}
+            for score, estimate in zip(scores, estimates, strict=True)
+        ]
+
+
+def _score_image(
+    threshold: float,
+    output_dir: Path | None,
+    image_path: str,
+    mask_path: str | None,
+    prediction: Array,
+) -> dict[str, Any]:
+    mask = _restore_mask(image_path, prediction, threshold)
+    scores: dict[str, Any] = {"id": image_id(image_path)}
+    if mask_path is not None:
+        _check_same_size(image_path, mask_path)
+        scores |= score_masks(load_segmented_image(mask_path, None)[..., 0], mask)
+    if output_dir is not None:
+        _write_mask(mask, image_path, output_dir / "masks")
+    if output_dir is not None and mask_path is None:
+        _write_overlay(mask, image_path, output_dir / "overlays")
+    return scores
 
 
 def _write_overlay(mask: NDArray[np.bool_], image_path: str, output_dir: Path) -> None:
@@ -2347,11 +2520,13 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
     panels = [name for name in titles if history.get(name)]
     _require(bool(panels), "The history holds no epoch: train the model first.")
     figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
-    best = int(np.argmax(_epoch_scores(history))) + 1
+    epochs, scores = len(history[panels[0]]), _epoch_scores(history)
+    best = epochs - len(scores) + int(np.argmax(scores)) + 1
     for cell, name in zip(axes, panels, strict=True):
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
             curve = history.get(key, ())
-            cell.plot(range(1, len(curve) + 1), curve, ".-", label=label)
+            first = epochs - len(curve) + 1  # of a curve that began in a later epoch
+            cell.plot(range(first, epochs + 1), curve, ".-", label=label)
         cell.axvline(best, color="gray", ls="--", label=f"Best epoch ({best})")
         cell.set(title=titles[name], xlabel="Epoch")
         cell.xaxis.set_major_locator(MaxNLocator(integer=True))

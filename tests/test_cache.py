@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +90,45 @@ def test_threads_that_share_a_folder_leave_one_whole_entry(
     assert np.load(io.BytesIO(content[32:])).shape == (*SIZE, 3)
 
 
-def test_a_folder_that_cannot_be_written_stops_nothing(
-    make_pairs: MakePairs, tmp_path: Path
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(segment.SegmentError, match=r"entry\.npy: cannot be written"):
+        segment.PairCache(0, tmp_path / "file" / "cache")
+
+
+def test_a_disk_that_fills_up_is_warned_of_once_and_stops_nothing(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    cache = segment.PairCache(0, tmp_path / "cache")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    (image, other), (mask, another) = make_pairs(2)
+    with pytest.warns(UserWarning, match=r"each time from now on: .*No space left"):
+        assert cache.load(image, mask, SIZE).mask.shape == (*SIZE, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.load(other, another, SIZE).mask.shape == (*SIZE, 1)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_two_threads_decode_at_once_is_counted_once(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (image,), (mask,) = make_pairs(1)
-    (tmp_path / "file").write_text("not a folder")
-    cache = segment.PairCache(0, tmp_path / "file" / "cache")
-    assert cache.load(image, mask, SIZE).mask.shape == (*SIZE, 1)
+    both, decode = threading.Barrier(2), segment._decode
+
+    def wait(*arguments: Any) -> segment.Decoded:
+        both.wait(10)
+        return decode(*arguments)
+
+    monkeypatch.setattr(segment, "_decode", wait)
+    cache = segment.PairCache(max_bytes=10**6)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(cache.load, [image] * 2, [mask] * 2, [SIZE] * 2)
+    np.testing.assert_array_equal(first.image, second.image)
+    assert cache.bytes_left == 10**6 - first.nbytes
 
 
 def test_the_check_leaves_nothing_to_decode_for_the_training_and_for_the_next_check(

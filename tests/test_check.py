@@ -25,10 +25,11 @@ def test_files_that_cannot_be_used_are_all_listed_errors_first(make_pairs: MakeP
     Path(images[0]).write_bytes(Path(images[0]).read_bytes()[:500])
     Path(images[1]).write_bytes(b"")
     Path(images[2]).unlink()
-    Image.new("L", (40, 56)).save(masks[3])
+    Image.new("L", (40, 56), 255).save(masks[3])
     Image.fromarray(np.full((40, 56), 7, np.uint8)).save(masks[4])
     findings = found(pairs)
-    assert [severity for severity, _ in findings] == ["error"] * 5
+    assert [severity for severity, _ in findings] == ["error"] * 5 + ["warning"]
+    assert findings.pop()[1] == "/masks/ISIC_0000003_segmentation.png: the mask is full."
     for (_, what), message in zip(
         findings,
         (
@@ -93,12 +94,75 @@ def test_the_same_image_twice_and_a_wrong_suffix_are_warned_of(make_pairs: MakeP
     ]
 
 
-def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(make_pairs: MakePairs) -> None:
+@pytest.mark.parametrize(
+    ("side", "told"),
+    [
+        (20_000, "cannot be read as an image (Image size (400000000 pixels)"),
+        (8_200, "has 67240000 pixels, but no photograph of skin has more"),
+    ],
+)
+def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(
+    make_pairs: MakePairs, side: int, told: str
+) -> None:
     images, masks = make_pairs(1)
-    Image.new("1", (20_000, 20_000)).save(images[0])
-    ((severity, what),) = found((images, masks))
-    assert severity == "error"
-    assert "cannot be read as an image (Image size (400000000 pixels)" in what
+    Image.new("1", (side, side)).save(images[0])
+    errors = [what for severity, what in found((images, masks)) if severity == "error"]
+    assert told in errors[0]
+
+
+def test_every_fault_of_a_pair_is_told(make_pairs: MakePairs) -> None:
+    (image,), (mask,) = pairs = make_pairs(1)
+    Image.new("CMYK", (30, 20)).save(image, format="JPEG")
+    Image.fromarray(np.arange(2240).reshape(40, 56).astype(np.uint8)).save(mask, format="TIFF")
+    text = "\n".join(": ".join(finding) for finding in found(pairs))
+    for what in (
+        "error: /masks/ISIC_0000000_segmentation.png: expected a mask of 0 and 255",
+        "error: /images/ISIC_0000000.png is 20 × 30 (height × width), but its mask",
+        "warning: /images/ISIC_0000000.png: the file is a JPEG, whatever its name says",
+        "warning: /images/ISIC_0000000.png: the mode is CMYK, where RGB is usual",
+    ):
+        assert what in text
+
+
+def test_a_lesion_of_four_pixels_in_four_million_is_not_called_empty(make_pairs: MakePairs) -> None:
+    pairs = make_pairs(1, (2000, 2000))
+    mask: np.ndarray = np.zeros((2000, 2000), np.uint8)
+    mask[1001:1003, 1001:1003] = 255
+    Image.fromarray(mask).save(pairs[1][0])
+    assert found(pairs) == []
+    Image.fromarray(255 - mask).save(pairs[1][0])
+    assert [what.split(": ")[1] for _, what in found(pairs)] == [
+        "the mask seems to be inverted, since its rim is lesion.", "the mask has holes (1).",
+    ]  # fmt: skip
+
+
+def test_the_same_mask_twice_is_warned_of_and_a_file_that_cannot_be_read_is_like_no_other(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = _, masks = make_pairs(2)
+    Path(masks[1]).write_bytes(Path(masks[0]).read_bytes())
+    assert [what for _, what in found(pairs)] == [
+        "/masks/ISIC_0000001_segmentation.png: the same mask as "
+        "/masks/ISIC_0000000_segmentation.png."
+    ]
+
+    def deny(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    assert found(pairs) == []
+
+
+def test_images_are_checked_without_masks_and_a_frame_that_is_none_is_refused(
+    make_pairs: MakePairs,
+) -> None:
+    images, masks = make_pairs(2)
+    Path(images[1]).write_bytes(b"nothing")
+    (finding,) = segment.check_pairs(images)
+    assert finding.severity == "error"
+    assert finding.what.startswith(f"{images[1]}: cannot be read as an image")
+    with pytest.raises(segment.SegmentError, match="image_size is 0: expected"):
+        segment.check_pairs(images, masks, image_size=0)  # type: ignore[arg-type]
 
 
 def test_files_without_a_known_suffix_are_checked_too(make_pairs: MakePairs) -> None:

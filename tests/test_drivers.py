@@ -237,12 +237,63 @@ def test_bad_files_are_listed_at_once_and_left_out_on_demand(
     printed = capsys.readouterr().err
     assert "ISIC_0000002.png: cannot be read as an image" in printed
     assert "ISIC_0000005.png is 40 × 56" in printed
-    assert "Error: 2 of 12 pairs cannot be used (see above)" in printed
+    assert "Error: 2 of 12 images cannot be used (see above)" in printed
     assert train("--skip-bad") == 0
     summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
     assert [Path(path).stem for path in summary["left_out"]] == ["ISIC_0000002", "ISIC_0000005"]
     model = segment.load_model(tmp_path / "trained" / "model.keras")
     assert sum(map(len, segment.model_record(model).split.values())) == 10
+
+
+def test_a_bad_test_image_is_left_out_and_images_are_checked_without_masks_too(
+    saved: Path, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = segment.model_record(segment.load_model(saved)).split["test"][0]
+    (tmp_path / "data" / "images" / bad).write_bytes(b"no image")
+    assert load("--skip-bad") == 0
+    assert len(rows(tmp_path / "loaded")) == 2
+    only = [str(saved), *data(tmp_path)[:2], "--all", "--output", str(tmp_path / "only")]
+    assert driver_load_evaluate.main(only) == 2
+    assert f"Error: {tmp_path}" in capsys.readouterr().err
+    assert driver_load_evaluate.main([*only, "--skip-bad"]) == 0
+    assert len(rows(tmp_path / "only")) == 11
+
+
+def test_a_training_with_other_options_is_not_gone_on_with_and_stays(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--resume") == 0
+    assert "There is no training to go on with" in capsys.readouterr().out
+    last = tmp_path / "trained" / "last.keras"
+    before = last.read_bytes()
+    assert train("--resume", "--learning-rate", "0.5", "--batch-size", "3") == 2
+    told = capsys.readouterr().err
+    assert "last.keras is of a training with other values of batch_size, learning_rate" in told
+    assert train("--learning-rate", "-1") == 2
+    assert last.read_bytes() == before
+
+
+def test_weights_of_another_network_are_no_start(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    segment.save_model(segment.create_model((32, 32), num_filters=3), tmp_path / "m.keras")
+    assert train("--start-from", str(tmp_path / "m.keras")) == 2
+    assert "m.keras is of another network" in capsys.readouterr().err
+
+
+def test_an_unknown_backend_and_a_terminal_without_letters_are_no_tracebacks(
+    saved: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "images").rename(tmp_path / "data" / "皮膚")
+    folders = ["--image-dir", str(tmp_path / "data" / "皮膚"), "--all", "--output", str(tmp_path)]
+    line = [sys.executable, "driver_load_evaluate.py", str(saved), *folders]
+    run = functools.partial(subprocess.run, line, cwd=ROOT, capture_output=True, text=True)
+    done = run(env={**os.environ, "KERAS_BACKEND": "none"})
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "none: pip install -r requirements.txt, and mind KERAS_BACKEND" in done.stderr
+    done = run(env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 0, done.stderr
+    assert r"12 images of" in done.stdout
 
 
 def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(

@@ -5,11 +5,15 @@
 import csv
 import functools
 import io
+import json
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h5py
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -136,6 +140,59 @@ def test_a_model_file_that_unpacks_without_end_is_refused_unread(
     bomb = {**members, "config.json": b" " * 2**26}
     path = packed(tmp_path / "a.keras", bomb, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(segment.SegmentError, match="would unpack to 67"):
+        segment.load_model(path)
+
+
+def test_weights_of_a_size_that_the_file_has_not_are_refused_before_memory_is_taken(
+    members: dict[str, bytes], tmp_path: Path
+) -> None:
+    stream = io.BytesIO(members["model.weights.h5"])
+    with h5py.File(stream, "a") as file:
+        file.create_dataset("huge", (2**17, 2**17), "f4", chunks=(64, 64))
+    path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
+    with pytest.raises(segment.SegmentError, match=r"and 687\d{8} bytes of them, but holds"):
+        segment.load_model(path)
+
+
+def test_a_network_of_more_weights_than_the_file_is_refused_before_memory_is_taken(
+    members: dict[str, bytes], tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(1) as pool:  # where Keras gives no memory to its weights
+        wide = pool.submit(wide_config).result()
+    path = packed(tmp_path / "a.keras", {**members, "config.json": wide.encode()})
+    with pytest.raises(segment.SegmentError, match=r"declares 12\d{9} weights"):
+        segment.load_model(path)
+
+
+def wide_config() -> str:
+    with keras.StatelessScope(initialize_variables=False):
+        model = segment.create_model((16, 16), num_filters=1000)
+        return json.dumps(keras.saving.serialize_keras_object(model))
+
+
+def test_metrics_that_fill_the_memory_are_refused(
+    members: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = json.loads(members["config.json"])
+    metric = {
+        "class_name": "MeanIoU",
+        "config": {"num_classes": 200_000},
+        "module": "keras.metrics",
+    }
+    config["compile_config"] = {"loss": "mse", "optimizer": "adam", "metrics": [metric]}
+    hungry = {**members, "config.json": json.dumps(config).encode()}
+    with pytest.raises(segment.SegmentError, match="has metrics of size 200000"):
+        segment.load_model(packed(tmp_path / "a.keras", hungry))
+
+
+def test_weights_that_lie_in_another_file_are_refused(
+    members: dict[str, bytes], tmp_path: Path
+) -> None:
+    stream = io.BytesIO(members["model.weights.h5"])
+    with h5py.File(stream, "a") as file:
+        file["elsewhere"] = h5py.ExternalLink("/etc/passwd", "/")
+    path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
+    with pytest.raises(segment.SegmentError, match="do not trust it"):
         segment.load_model(path)
 
 

@@ -1,6 +1,7 @@
 """One file for network, split, threshold and history, on whichever backend."""
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -166,6 +167,9 @@ def test_a_plain_keras_file_gets_an_empty_record(tmp_path: Path) -> None:
     [
         ("threshold", "high"), ("threshold", 7), ("threshold", None), ("split", ["a.jpg"]),
         ("split", {"test": 3}), ("history", {"loss": ["low"]}), ("format", "one"),
+        ("threshold", math.nan), ("history", {"loss": [1], "val_dice_coefficient": []}),
+        ("history", {"loss": [1], "accuracy": [0, 1]}), ("history", {"accuracy": [1]}),
+        ("origin", []), ("origin", {"options": [1]}),
     ],
 )  # fmt: skip
 def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
@@ -175,8 +179,32 @@ def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
     small_model().save(tmp_path / "m.keras")
     with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
         archive.writestr("segment.json", json.dumps({**record, field: value}))
-    with pytest.raises(segment.SegmentError, match=r"m\.keras: not a whole|threshold is 7"):
+    with pytest.raises(
+        segment.SegmentError, match=r"m\.keras: (not a whole|its segment\.json is not)"
+    ):
         segment.load_model(tmp_path / "m.keras")
+
+
+def test_weights_of_another_frame_are_taken_over_and_those_of_another_network_refused(
+    tmp_path: Path,
+) -> None:
+    segment.save_model(small_model(), tmp_path / "m.keras")
+    larger = segment.create_model((32, 48), num_filters=2)
+    segment.load_weights(larger, tmp_path / "m.keras")
+    for one, other in zip(larger.get_weights(), small_model().get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(segment.SegmentError, match=r"m\.keras is of another network"):
+        segment.load_weights(segment.create_model((16, 32), num_filters=3), tmp_path / "m.keras")
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    names = (".12-34.keras", ".12-35.png", ".12-36.keras", ".hidden.keras", "a.keras")
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+        if name != ".12-36.keras":  # which somebody may be writing right now
+            os.utime(tmp_path / name, (0, 0))
+    segment._remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".12-36.keras", ".hidden.keras", "a.keras"]
 
 
 def test_without_the_optimizer_the_file_is_small_predicts_the_same_and_is_float32(

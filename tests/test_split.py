@@ -109,6 +109,18 @@ def test_sizes_are_exact_where_the_lesions_allow_it(repeated: segment.Pairs) -> 
     assert sizes == {(5, 2, 3)}
 
 
+def test_a_share_above_zero_gets_a_lesion_though_it_be_larger_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(segment, "_number_lesions", lambda pairs: [0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    with pytest.warns(UserWarning, match="2 pairs are put aside rather than 1"):
+        train, _, test = segment.train_val_test_split(
+            IMAGES[:10], MASKS[:10], val_split=0, test_split=0.1
+        )
+    assert test == (IMAGES[3:5], MASKS[3:5])
+    assert len(train[0]) == 8
+
+
 def test_plain_shapes_are_not_taken_for_one_lesion(tmp_path: Path) -> None:
     images, masks = [], []
     for i in range(12):
