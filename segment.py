@@ -1623,20 +1623,34 @@ def predict(
 
     Returns:
         Lesion probabilities `float32 (images, height, width, 1)` in the order of
-        `generator.image_paths`.
+        `generator.image_paths`; more than 256 MiB of them lie in a file that vanishes with them.
 
     Raises:
         SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
     """
     _check_frame(model, generator)
+    predictions = _room_for((len(generator.image_paths), *generator.image_size, 1))
+    batches = range(math.ceil(len(predictions) / generator.batch_size))
+    at_once = math.ceil(512 / generator.batch_size)  # batches, so that memory is bounded
     with _naming_the_file(generator), _each_host_alone():
         network = _mirrored(model) if mirror else model
-        predictions = np.asarray(network.predict(_FullBatches(generator), verbose=verbose))
-    predictions = predictions[: len(generator.image_paths)]
+        for first in batches[::at_once]:
+            some = _FullBatches(generator, batches[first : first + at_once])
+            predicted = np.asarray(network.predict(some, verbose=verbose))
+            place = predictions[first * generator.batch_size :][: len(predicted)]
+            place[...] = predicted[: len(place)]
     if one_region:
         for prediction in predictions:
             prediction[..., 0] = _one_region(prediction[..., 0], model_record(model).threshold)
     return predictions
+
+
+def _room_for(shape: tuple[int, ...], in_memory: int = 2**28) -> Array:
+    """A `float32` array, in a file without a name if it takes more bytes than `in_memory`."""
+    if 4 * math.prod(shape) <= in_memory:
+        return np.empty(shape, np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 class _HostShare(keras.utils.PyDataset):  # type: ignore[misc]
@@ -1663,17 +1677,18 @@ def _host_share(generator: Any) -> Any:
 
 
 class _FullBatches(keras.utils.PyDataset):  # type: ignore[misc]
-    """The images of a generator, the last batch filled up: nothing is compiled for it anew."""
+    """Some images of a generator, the last batch filled up: nothing is compiled for it anew."""
 
-    def __init__(self, generator: ImageGenerator) -> None:
+    def __init__(self, generator: ImageGenerator, batches: range) -> None:
         super().__init__(workers=generator.workers)
         self.generator = generator
+        self.batches = batches
 
     def __len__(self) -> int:
-        return math.ceil(len(self.generator.image_paths) / self.generator.batch_size)
+        return len(self.batches)
 
     def __getitem__(self, index: int) -> Array:
-        batch = self.generator[index]
+        batch = self.generator[self.batches[index]]
         images = batch[0] if isinstance(batch, tuple) else batch
         wanted = self.generator.batch_size
         if keras.distribution.distribution() is None:  # no devices that need equal parts
@@ -1721,14 +1736,13 @@ def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
     """
     _check_predictions(generator, predictions)
     _masks_of(generator)
-    images = range(len(generator.image_paths))
-    truth = np.stack([generator._load(i, generator.epoch)[1] for i in images])
-    mean_dice = {}
-    for threshold in (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7):
-        cut = (predictions >= threshold).astype("float32")
-        dice = ops.convert_to_numpy(dice_coefficient(truth, cut))
-        mean_dice[threshold] = float(dice.mean())
-    return max(mean_dice, key=mean_dice.__getitem__)
+    thresholds = np.array([0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7])
+    dice = np.zeros(len(thresholds))
+    for i, prediction in enumerate(predictions):
+        truth = generator._load(i, generator.epoch)[1]
+        cut = (prediction >= thresholds[:, None, None, None]).astype(np.float32)
+        dice += ops.convert_to_numpy(dice_coefficient(np.broadcast_to(truth, cut.shape), cut))
+    return float(thresholds[np.argmax(dice)])
 
 
 def estimate_dice(predictions: Array, *, threshold: float = 0.5) -> NDArray[np.float64]:
@@ -1745,10 +1759,13 @@ def estimate_dice(predictions: Array, *, threshold: float = 0.5) -> NDArray[np.f
     Returns:
         `float64 (images,)` in 0..1.
     """
-    lesion = predictions.reshape(len(predictions), -1).astype(np.float64)
-    mask = lesion >= threshold
-    expected: Array = 2 * (lesion * mask).sum(1) / np.maximum((lesion + mask).sum(1), 1e-9)
-    return expected
+    estimates = np.empty(len(predictions))
+    for i, lesion in enumerate(predictions):
+        mask = lesion >= threshold
+        inside = lesion.sum(where=mask, dtype=np.float64)
+        areas = lesion.sum(dtype=np.float64) + np.count_nonzero(mask)
+        estimates[i] = 2 * inside / max(areas, 1e-9)
+    return estimates
 
 
 def describe_device() -> str:

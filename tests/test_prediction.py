@@ -30,6 +30,29 @@ def test_plain_prediction_is_that_of_the_model(make_pairs: MakePairs) -> None:
     np.testing.assert_allclose(plain, unet.predict(batches, verbose=0), atol=1e-6)
 
 
+def test_many_images_are_predicted_in_parts_that_come_in_order(make_pairs: MakePairs) -> None:
+    images, _ = make_pairs(3)
+    chosen = np.random.default_rng(0).integers(0, 3, 1100)  # three parts, the last one short
+    many = segment.create_generator(
+        [images[i] for i in chosen], image_size=(16, 16), batch_size=200
+    )
+    unet = segment.create_model((16, 16), num_filters=1)
+    each = unet.predict(segment.create_generator(images, image_size=(16, 16)), verbose=0)
+    predictions = segment.predict(unet, many, mirror=False, one_region=False, verbose=0)
+    np.testing.assert_allclose(predictions, each[chosen], atol=1e-6)
+    assert len({prediction.tobytes() for prediction in each}) == 3
+
+
+def test_more_predictions_than_memory_shall_hold_lie_in_a_file_and_are_used_alike() -> None:
+    lesions = np.random.default_rng(0).random((3, 16, 16, 1)).astype(np.float32)
+    filed = segment._room_for(lesions.shape, in_memory=100)
+    assert isinstance(filed, np.memmap)
+    assert type(segment._room_for(lesions.shape)) is np.ndarray
+    filed[...] = lesions
+    np.testing.assert_array_equal(filed, lesions)
+    np.testing.assert_array_equal(segment.estimate_dice(filed), segment.estimate_dice(lesions))
+
+
 def test_mirrorings_are_put_back_and_averaged(make_pairs: MakePairs) -> None:
     batches, unet = generator(make_pairs), model()
     images = np.concatenate([batches[i][0] for i in range(len(batches))])
