@@ -46,13 +46,9 @@ def load_evaluate(options: argparse.Namespace) -> None:
     )
     print(f"{len(image_paths)} images of {options.image_dir}")
 
+    # 2. Inspect the sizes of the images, 3. and plot their occurrence
     if options.inspect:
-        # 2. Inspect the sizes of the images
-        sizes = segment.inspect(image_paths)
-        for (height, width), count in sizes.items():
-            print(f"{count:6} images of {height} x {width} pixels (height x width)")
-        # 3. Plot the occurrence of the sizes
-        segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
+        inspect_sizes(image_paths, output)
 
     # 4. Load the trained model, and with it the names of its test set
     model = segment.load_model(options.model or segment.PRETRAINED)
@@ -85,6 +81,15 @@ def load_evaluate(options: argparse.Namespace) -> None:
                     notes={"model": str(options.model or segment.PRETRAINED.name),
                            "images_used_in_training": len(seen), "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
+
+
+def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object]) -> None:
+    """Fills in what was not given, so that the scores are those of the train driver."""
+    for name, default in {"batch_size": 16, "mirror": True, "one_region": True}.items():
+        if getattr(options, name) is None:
+            value = trained.get(name)  # of a file that anybody may have written
+            usual = type(value) is type(default) and value in range(512)  # True and False are too
+            setattr(options, name, value if usual else default)
 
 
 # What both drivers share
@@ -126,15 +131,6 @@ def parse_common_options(
     return options
 
 
-def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object]) -> None:
-    """Fills in what was not given, so that the scores are those of the train driver."""
-    for name, default in {"batch_size": 16, "mirror": True, "one_region": True}.items():
-        if getattr(options, name) is None:
-            value = trained.get(name)  # of a file that anybody may have written
-            usual = type(value) is type(default) and value in range(512)  # True and False are too
-            setattr(options, name, value if usual else default)
-
-
 def find_checked_pairs(
     options: argparse.Namespace,
     decoded_size: tuple[int, int],
@@ -167,6 +163,15 @@ def find_checked_pairs(
     good = [i for i, path in enumerate(image_paths) if path not in bad]
     masks = [mask_paths[i] for i in good if mask_paths]
     return [image_paths[i] for i in good], masks, list(bad)
+
+
+def inspect_sizes(image_paths: Sequence[str], output: Path) -> None:
+    import segment
+
+    sizes = segment.inspect(image_paths)
+    for (height, width), count in sizes.items():
+        print(f"{count:6} images of {height} x {width} pixels (height x width)")
+    segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
 
 
 def natural(text: str, least: int = 0) -> int:

@@ -6,17 +6,19 @@ log of the training, the scores, the figures and the predicted masks.
 
 import argparse
 import atexit
+import contextlib
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from driver_load_evaluate import (
     find_checked_pairs,
+    inspect_sizes,
     natural,
     parse_common_options,
     positive,
@@ -58,6 +60,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--no-optimizer", dest="optimizer", action="store_false",
         help="leave out of the final model file what only further training needs")
     options = parse_common_options(parser, arguments, output="output")
+    fill_in(options)
+    check(options, parser)
+    return options
+
+
+def fill_in(options: argparse.Namespace) -> None:
+    """The defaults, which are others for the sample."""
     defaults = {"image_size": (128, 128) if options.on_sample else (96, 128),
                 "test_split": 0.2 if options.on_sample else 0.03,
                 "epochs": 20 if options.on_sample else 60,
@@ -66,22 +75,27 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, default in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
+    if os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") != "0" and several_hosts():
+        # Every host computes the same, results included; the files of the first one are kept.
+        options.output = tempfile.mkdtemp(prefix="host-")
+        atexit.register(shutil.rmtree, options.output, ignore_errors=True)
+        options.save = str(Path(options.output) / "model.keras")
+
+
+def several_hosts() -> bool:
+    return "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
+
+
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.mask_dir is None:
         parser.error("--image-dir came without --mask-dir: training needs the masks")
     if options.batch_size % options.devices:
         parser.error(f"--batch-size {options.batch_size} cannot be shared among {options.devices} "
                      "devices: give a multiple")
-    together = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
-    if together and os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") != "0":
-        # Every host computes the same, results included; the files of the first one are kept.
-        options.output = tempfile.mkdtemp(prefix="host-")
-        atexit.register(shutil.rmtree, options.output, ignore_errors=True)
-        options.save = str(Path(options.output) / "model.keras")
-    if together and options.resume:
+    if several_hosts() and options.resume:
         parser.error("--resume goes on with a training on one host only")
     if not options.save.endswith(".keras"):
         parser.error(f"--save {options.save}: the name of a model file ends in .keras")
-    return options
 
 
 def train_save_evaluate(options: argparse.Namespace) -> None:
@@ -105,13 +119,9 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     )
     print(f"{len(image_paths)} pairs of {options.image_dir}")
 
+    # 2. Inspect the sizes of the images, 3. and plot their occurrence
     if options.inspect:
-        # 2. Inspect the sizes of the images
-        sizes = segment.inspect(image_paths)
-        for (height, width), count in sizes.items():
-            print(f"{count:6} images of {height} x {width} pixels (height x width)")
-        # 3. Plot the occurrence of the sizes
-        segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
+        inspect_sizes(image_paths, output)
         for images in segment.find_same_lesions(image_paths, mask_paths):
             print("One lesion:", *map(segment.image_id, images))
 
@@ -143,20 +153,15 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         segment.load_weights(model, options.start_from)
 
     # 7. Train it, the best epoch so far in the file; then save it with its whole history
-    began = time.time()
     if options.resume and not (output / "last.keras").exists():
         print(f"There is no training to go on with in {output}: this one begins anew")
-    try:
+    with telling_the_best_epoch(options.save):
         segment.train_model(
             model, train_generator, val_generator, options.epochs,
             learning_rate=options.learning_rate,
             save_path=options.save, split=split, log_path=output / "training.csv",
             resume_path=output / "last.keras", resume=options.resume,
         )
-    except KeyboardInterrupt:
-        if os.path.exists(options.save) and os.path.getmtime(options.save) >= began:
-            print(f"\nThe best epoch so far is in {options.save}", file=sys.stderr)
-        raise
     threshold = options.threshold
     if threshold is None and val_generator is not None:
         validation = segment.predict(
@@ -180,6 +185,18 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
                     threshold=record.threshold, history=record.history, output_dir=output,
                     notes={"model": options.save, "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
+
+
+@contextlib.contextmanager
+def telling_the_best_epoch(path: str) -> Iterator[None]:
+    """After Ctrl-C says where the best epoch so far is, if there is one."""
+    began = time.time()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.path.exists(path) and os.path.getmtime(path) >= began:
+            print(f"\nThe best epoch so far is in {path}", file=sys.stderr)
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

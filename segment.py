@@ -1403,12 +1403,7 @@ def train_model(
             model, a file cannot be loaded or written, or the loss is not a finite number.
     """
     _check_training(model, (train_generator, val_generator), epochs, learning_rate)
-    for path, suffix in ((save_path, ".keras"), (resume_path, ".keras"), (log_path, "")):
-        if path is not None:
-            _check_file_to_write(path, suffix)
-            _remove_leftovers(Path(path).parent)
-    same = None not in (save_path, resume_path) and Path(save_path or "") == Path(resume_path or "")
-    _require(not same, f"{save_path} cannot hold both the best and the last epoch: name two files.")
+    _check_files_of_training(save_path, resume_path, log_path)
     _compile(model)
     if split is not None:
         model_record(model).split = _split_names(split)
@@ -1447,6 +1442,17 @@ def _check_training(
         if isinstance(generator, ImageGenerator):  # and not some data set of the user's own
             _check_frame(model, generator)
             _masks_of(generator)
+
+
+def _check_files_of_training(
+    save_path: StrPath | None, resume_path: StrPath | None, log_path: StrPath | None
+) -> None:
+    for path, suffix in ((save_path, ".keras"), (resume_path, ".keras"), (log_path, "")):
+        if path is not None:
+            _check_file_to_write(path, suffix)
+            _remove_leftovers(Path(path).parent)
+    same = None not in (save_path, resume_path) and Path(save_path or "") == Path(resume_path or "")
+    _require(not same, f"{save_path} cannot hold both the best and the last epoch: name two files.")
 
 
 def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
