@@ -46,9 +46,11 @@ def load_evaluate(options: argparse.Namespace) -> None:
     )
     print(f"{len(image_paths)} images of {options.image_dir}")
 
-    # 2. Inspect the sizes of the images, 3. and plot their occurrence
     if options.inspect:
-        inspect_sizes(image_paths, output)
+        # 2. Inspect the sizes of the images
+        sizes = inspect_sizes(image_paths)
+        # 3. Plot the occurrence of the sizes
+        segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
 
     # 4. Load the trained model, and with it the names of its test set
     model = segment.load_model(options.model or segment.PRETRAINED)
@@ -165,13 +167,14 @@ def find_checked_pairs(
     return [image_paths[i] for i in good], masks, list(bad)
 
 
-def inspect_sizes(image_paths: Sequence[str], output: Path) -> None:
+def inspect_sizes(image_paths: Sequence[str]) -> dict[tuple[int, int], int]:
+    """Counts the sizes, and prints them."""
     import segment
 
     sizes = segment.inspect(image_paths)
     for (height, width), count in sizes.items():
         print(f"{count:6} images of {height} x {width} pixels (height x width)")
-    segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
+    return sizes
 
 
 def natural(text: str, least: int = 0) -> int:

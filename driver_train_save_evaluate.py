@@ -119,9 +119,11 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     )
     print(f"{len(image_paths)} pairs of {options.image_dir}")
 
-    # 2. Inspect the sizes of the images, 3. and plot their occurrence
     if options.inspect:
-        inspect_sizes(image_paths, output)
+        # 2. Inspect the sizes of the images
+        sizes = inspect_sizes(image_paths)
+        # 3. Plot the occurrence of the sizes
+        segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
         for images in segment.find_same_lesions(image_paths, mask_paths):
             print("One lesion:", *map(segment.image_id, images))
 

@@ -1492,6 +1492,7 @@ def _resume(model: keras.Model, path: str) -> None:
     )
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
+    before.origin |= model_record(model).origin  # which may tell of more epochs
     model.record = before
 
 

@@ -119,6 +119,8 @@ def test_a_training_that_was_killed_goes_on_with_resume(
     assert train("--resume", "--epochs", "3") == 0
     lines = (tmp_path / "trained" / "training.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "0", "1", "2"]
+    record = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras"))
+    assert record.origin["options"]["epochs"] == 3
     assert train() == 0
     assert len((tmp_path / "trained" / "training.csv").read_text().splitlines()) == 2
 
