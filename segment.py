@@ -1967,9 +1967,10 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     _require(whole, f"{path}: not a .keras file, or cut short; give one that save_model wrote.")
     try:
         _check_members(path)
+        record = _read_record(path)
         _check_weights(path)
         model = keras.saving.load_model(path, safe_mode=True)
-        model.record = _read_record(path)
+        model.record = record
         shapes = model.input_shape, model.output_shape
     except SegmentError:
         raise

@@ -196,7 +196,7 @@ def test_weights_that_lie_in_another_file_are_refused(
         segment.load_model(path)
 
 
-@repeatable(max_examples=25)
+@repeatable(max_examples=12)
 @given(st.data())
 def test_a_damaged_model_file_loads_or_is_refused_in_a_sentence(
     members: dict[str, bytes], data: st.DataObject

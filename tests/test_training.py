@@ -101,14 +101,6 @@ def test_going_on_never_makes_the_model_worse(make_pairs: MakePairs, tmp_path: P
     assert after >= best - 1e-6
 
 
-def test_the_same_seed_trains_the_same_model(make_pairs: MakePairs) -> None:
-    train, val = generators(make_pairs)
-    losses = [
-        segment.train_model(new_model(), train, val, 2, verbose=0).history["loss"] for _ in range(2)
-    ]
-    assert losses[0] == losses[1]
-
-
 def test_a_loss_that_is_not_a_number_stops_with_a_sentence(make_pairs: MakePairs) -> None:
     train, val = generators(make_pairs)
     model = new_model()
