@@ -2004,18 +2004,22 @@ def _check_weights(path: StrPath) -> None:
     with zipfile.ZipFile(path) as archive:
         config, weights = json.loads(archive.read("config.json")), archive.read("model.weights.h5")
     compiled = {**(config.pop("compile_config", None) or {}), "optimizer": None}
-    sizes: list[int] = []
-    kinds = set()
+    items: list[Any] = []
+    links: list[Any] = []
     with h5py.File(io.BytesIO(weights)) as file:
-        file.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
-        file.visititems_links(lambda _, link: kinds.add(type(link)))
+        file.visititems(lambda _, item: items.append(item))
+        file.visititems_links(lambda _, link: links.append(link))
+        size = sum(getattr(item, "nbytes", 0) for item in items)
+        elsewhere = any(getattr(item, "external", None) for item in items)
+    elsewhere = elsewhere or any(not isinstance(link, h5py.HardLink) for link in links)
+    _require(not elsewhere, f"{path} has weights that lie elsewhere: do not trust it.")
     # In a thread of its own, since Keras remembers by thread which variables have no values yet.
     with ThreadPoolExecutor(1) as pool:
         count = pool.submit(_count_parameters, config).result()
     _require(
-        max(sum(sizes), count) <= len(weights) and kinds <= {h5py.HardLink},
-        f"{path} declares {count} weights and {sum(sizes)} bytes of them, but holds {len(weights)}:"
-        " do not trust it.",
+        max(size, count) <= len(weights),
+        f"{path} declares {count} weights and {size} bytes of them, but holds {len(weights)}: do "
+        "not trust it.",
     )
     largest = max(_integers(compiled), default=0)  # such as the classes of a confusion matrix
     _require(largest <= 1024, f"{path} has metrics of size {largest}: do not trust it.")

@@ -188,12 +188,16 @@ def test_metrics_that_fill_the_memory_are_refused(
 def test_weights_that_lie_in_another_file_are_refused(
     members: dict[str, bytes], tmp_path: Path
 ) -> None:
-    stream = io.BytesIO(members["model.weights.h5"])
-    with h5py.File(stream, "a") as file:
-        file["elsewhere"] = h5py.ExternalLink("/etc/passwd", "/")
-    path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
-    with pytest.raises(segment.SegmentError, match="do not trust it"):
-        segment.load_model(path)
+    for link in (h5py.ExternalLink("/etc/passwd", "/"), h5py.SoftLink("/layers"), None):
+        stream = io.BytesIO(members["model.weights.h5"])
+        with h5py.File(stream, "a") as file:
+            if link is None:
+                file.create_dataset("there", (9,), "u1", external=[("/etc/passwd", 0, 9)])
+            else:
+                file["there"] = link
+        path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
+        with pytest.raises(segment.SegmentError, match="has weights that lie elsewhere"):
+            segment.load_model(path)
 
 
 @repeatable(max_examples=12)
