@@ -157,7 +157,9 @@ def find_checked_pairs(
     for finding in findings:
         print(f"{finding.severity.capitalize()}: {finding.what}", file=sys.stderr)
     bad = dict.fromkeys(finding.path for finding in findings if finding.severity == "error")
-    if bad and (len(bad) == len(image_paths) or not options.skip_bad):
+    if len(bad) == len(image_paths):
+        raise segment.SegmentError("None of the images can be used (see above): mend the files.")
+    if bad and not options.skip_bad:
         raise segment.SegmentError(
             f"{len(bad)} of {len(image_paths)} images cannot be used (see above): mend the files, "
             "or leave these out with --skip-bad."

@@ -259,6 +259,10 @@ def test_a_bad_test_image_is_left_out_and_images_are_checked_without_masks_too(
     assert f"Error: {tmp_path}" in capsys.readouterr().err
     assert driver_load_evaluate.main([*only, "--skip-bad"]) == 0
     assert len(rows(tmp_path / "only")) == 11
+    for path in (tmp_path / "data" / "images").iterdir():
+        path.write_bytes(b"no image")
+    assert driver_load_evaluate.main([*only, "--skip-bad"]) == 2
+    assert "Error: None of the images can be used" in capsys.readouterr().err
 
 
 def test_a_training_with_other_options_is_not_gone_on_with_and_stays(
