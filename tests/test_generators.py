@@ -79,7 +79,7 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path, make_pairs: 
     for epoch in range(20):
         batches.epoch = epoch
         (image,), (moved,) = batches[0]
-        assert segment.score_masks(moved[..., 0], (image[..., 1] >= 108))["dice"] > 0.95
+        assert segment.score_masks(moved[..., 0], (image[..., 1] >= 108))["dice"] > 0.9
         areas.add(int(moved.sum()))
     assert len(areas) > 10
 

@@ -1,5 +1,6 @@
 """The improved UNet, on whichever backend."""
 
+import functools
 import re
 from itertools import pairwise
 from typing import Any
@@ -114,6 +115,26 @@ def test_each_channel_is_normalized_scaled_and_offset_by_itself(unet: keras.Mode
     norms = [layer for layer in unet.layers if isinstance(layer, keras.layers.GroupNormalization)]
     assert len(norms) == 2 * 5 + 1 + 4 + 2 * 3 + 1
     assert all(norm.groups == norm.gamma.shape[0] == norm.beta.shape[0] for norm in norms)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])  # of 11 images, eight of which go one by one
+def test_fused_norms_compute_and_learn_what_those_of_keras_do(batch_size: int) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, 1, (11, 8, 12, 3)), rng.normal(size=(11, 8, 12, 5))
+    image = keras.Input((8, 12, 3))
+    norm = keras.layers.GroupNormalization(groups=-1, epsilon=1e-5)
+    plain = keras.Model(image, norm(keras.layers.Conv2D(5, 3, padding="same")(image)))
+    fused = keras.models.clone_model(plain)
+    fused.set_weights(plain.get_weights())
+    segment._fuse_norms(fused)
+    on_processor = keras.backend.backend() == "tensorflow" and "CPU" in segment.describe_device()
+    assert isinstance(fused.layers[-1].call, functools.partial) == on_processor
+    for model in (plain, fused):
+        model.compile(keras.optimizers.SGD(0.3), "mse")
+        model.fit(x, y, batch_size, epochs=2, shuffle=False, verbose=0)
+    for ours, theirs in zip(fused.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(fused.predict(x, verbose=0), plain.predict(x, verbose=0), atol=1e-4)
 
 
 def test_it_is_functional_uncompiled_and_saves_no_code() -> None:
