@@ -10,10 +10,10 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = ("test_model.py", "test_dice.py", "test_saving.py")
-# The first takes as long as all the others of its file, the second has nothing to do with Keras.
+# One takes as long as all the others of its file, two have nothing to do with these backends.
 CHOSEN = {
-    "jax": "not new_process and not odd_types and not by_heart",  # test_devices.py trains on JAX
-    "torch": "not new_process and not odd_types",
+    "jax": "not new_process and not odd_types and not fused and not by_heart",  # test_devices.py trains on JAX
+    "torch": "not new_process and not odd_types and not fused",
 }
 
 

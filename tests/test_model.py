@@ -117,7 +117,7 @@ def test_each_channel_is_normalized_scaled_and_offset_by_itself(unet: keras.Mode
     assert all(norm.groups == norm.gamma.shape[0] == norm.beta.shape[0] for norm in norms)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 16])  # of 11 images, eight of which go one by one
+@pytest.mark.parametrize("batch_size", [4, 16])  # of 11 images, eight of which go one by one
 def test_fused_norms_compute_and_learn_what_those_of_keras_do(batch_size: int) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(3, 1, (11, 8, 12, 3)), rng.normal(size=(11, 8, 12, 5))
