@@ -11,8 +11,8 @@ import pytest
 TESTS = Path(__file__).parent
 FILES = ("test_model.py", "test_dice.py", "test_saving.py")
 # One takes as long as all the others of its file, two have nothing to do with these backends.
-CHOSEN = {
-    "jax": "not new_process and not odd_types and not fused and not by_heart",  # test_devices.py trains on JAX
+CHOSEN = {  # test_devices.py trains on JAX
+    "jax": "not new_process and not odd_types and not fused and not by_heart",
     "torch": "not new_process and not odd_types and not fused",
 }
 
