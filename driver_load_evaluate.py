@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import segment
@@ -63,9 +63,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
             model, image_paths, mask_paths, left_out=left_out
         )
         print(f"Evaluating the {len(image_paths)} test images put aside in training")
-    if seen:
-        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
-              "scores do not count as a test.", file=sys.stderr)
+    warn_of_images_seen(seen)
 
     # 5. Predict the test set
     test_generator = segment.create_generator(
@@ -73,9 +71,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
         image_size=model.input_shape[1:3], batch_size=options.batch_size,
         cache=segment.PairCache(0),  # each image is needed once
     )
-    predictions = segment.predict(
-        model, test_generator, mirror=options.mirror, one_region=options.one_region
-    )
+    predictions = predict(options, model, test_generator)
 
     # 6. Show the results
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
@@ -83,6 +79,19 @@ def load_evaluate(options: argparse.Namespace) -> None:
                     notes={"model": str(options.model or segment.PRETRAINED.name),
                            "images_used_in_training": len(seen), "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
+
+
+def warn_of_images_seen(seen: Sequence[str]) -> None:
+    if seen:
+        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
+              "scores do not count as a test.", file=sys.stderr)
+
+
+def predict(options: argparse.Namespace, model: Any, generator: Any) -> Any:
+    """Predicts the images of a generator as the options want it."""
+    import segment
+
+    return segment.predict(model, generator, mirror=options.mirror, one_region=options.one_region)
 
 
 def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object]) -> None:

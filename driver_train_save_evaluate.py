@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from driver_load_evaluate import (
     find_checked_pairs,
@@ -22,6 +23,7 @@ from driver_load_evaluate import (
     natural,
     parse_common_options,
     positive,
+    predict,
     quiet_startup,
     run,
 )  # fmt: skip
@@ -100,8 +102,6 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def train_save_evaluate(options: argparse.Namespace) -> None:
     import keras
-    import numpy
-    import PIL
 
     import segment
 
@@ -128,33 +128,82 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             print("One lesion:", *map(segment.image_id, images))
 
     # 4. Split into training, validation and test set, the images of one lesion on one side
-    train, val, test = split = segment.train_val_test_split(
+    split = segment.train_val_test_split(
         image_paths, mask_paths,
         val_split=options.val_split, test_split=options.test_split, seed=options.seed,
     )
     print("{} to train, {} to validate, {} to test on".format(*(len(part[0]) for part in split)))
 
     # 5. Create a generator for each set (none for an empty one)
-    shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
-    whole = options.devices > 1
-    train_generator = segment.create_generator(
-        *train, shuffle=True, augment=True, seed=options.seed, whole_batches=whole, **shape
-    )
-    val_generator = segment.create_generator(*val, **shape, whole_batches=whole) if val[0] else None
-    test_generator = segment.create_generator(*test, **shape) if test[0] else None
+    train_generator, val_generator, test_generator = create_generators(options, split, cache)
 
     # 6. Create a new UNet
     model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
-    segment.model_record(model).origin = {
+    segment.model_record(model).origin = tell_origin(options, image_paths, mask_paths, left_out)
+    if options.start_from:
+        segment.load_weights(model, options.start_from)
+
+    # 7. Train it, the best epoch so far in the file; then save it with its whole history
+    train(options, model, train_generator, val_generator, split)
+    threshold = options.threshold
+    if threshold is None and val_generator is not None:
+        threshold = segment.choose_threshold(val_generator, predict(options, model, val_generator))
+    segment.save_model(model, options.save, threshold=threshold, optimizer=options.optimizer)
+    print(f"Saved {options.save}")
+    if test_generator is None:
+        print("No image was put aside to test on (--test-split 0): there is nothing to score")
+        return
+
+    # 8. Predict the test set
+    predictions = predict(options, model, test_generator)
+
+    # 9. Show the results
+    record = segment.model_record(model)
+    segment.results(test_generator, predictions, num_imgs=options.num_imgs,
+                    threshold=record.threshold, history=record.history, output_dir=output,
+                    notes={"model": options.save, "left_out": left_out})
+    print(f"Scores, figures and masks are in {output}")
+
+
+def create_generators(options: argparse.Namespace, split: Any, cache: Any) -> list[Any]:
+    """The generators of the training, validation and test set, `None` for an empty one."""
+    import segment
+
+    train, val, test = split
+    shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
+    whole = {**shape, "whole_batches": options.devices > 1}
+    return [
+        segment.create_generator(*train, shuffle=True, augment=True, seed=options.seed, **whole),
+        segment.create_generator(*val, **whole) if val[0] else None,
+        segment.create_generator(*test, **shape) if test[0] else None,
+    ]
+
+
+def tell_origin(
+    options: argparse.Namespace, image_paths: list[str], mask_paths: list[str],
+    left_out: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What the model file says of how the model came about."""
+    import numpy
+    import PIL
+
+    import segment
+
+    return {
         "options": vars(options), "device": segment.describe_device(), "left_out": left_out,
         "python": platform.python_version(), "numpy": numpy.__version__, "pillow": PIL.__version__,
         "sha256_of_images": segment.checksum(image_paths),
         "sha256_of_masks": segment.checksum(mask_paths),
     }  # fmt: skip
-    if options.start_from:
-        segment.load_weights(model, options.start_from)
 
-    # 7. Train it, the best epoch so far in the file; then save it with its whole history
+
+def train(
+    options: argparse.Namespace, model: Any, train_generator: Any, val_generator: Any, split: Any
+) -> None:
+    """Trains the model, or goes on with the training that was interrupted."""
+    import segment
+
+    output = Path(options.output)
     if options.resume and not (output / "last.keras").exists():
         print(f"There is no training to go on with in {output}: this one begins anew")
     with telling_the_best_epoch(options.save):
@@ -164,29 +213,6 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             save_path=options.save, split=split, log_path=output / "training.csv",
             resume_path=output / "last.keras", resume=options.resume,
         )
-    threshold = options.threshold
-    if threshold is None and val_generator is not None:
-        validation = segment.predict(
-            model, val_generator, mirror=options.mirror, one_region=options.one_region
-        )
-        threshold = segment.choose_threshold(val_generator, validation)
-    segment.save_model(model, options.save, threshold=threshold, optimizer=options.optimizer)
-    print(f"Saved {options.save}")
-    if test_generator is None:
-        print("No image was put aside to test on (--test-split 0): there is nothing to score")
-        return
-
-    # 8. Predict the test set
-    predictions = segment.predict(
-        model, test_generator, mirror=options.mirror, one_region=options.one_region
-    )
-
-    # 9. Show the results
-    record = segment.model_record(model)
-    segment.results(test_generator, predictions, num_imgs=options.num_imgs,
-                    threshold=record.threshold, history=record.history, output_dir=output,
-                    notes={"model": options.save, "left_out": left_out})
-    print(f"Scores, figures and masks are in {output}")
 
 
 @contextlib.contextmanager

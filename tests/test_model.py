@@ -117,8 +117,9 @@ def test_each_channel_is_normalized_scaled_and_offset_by_itself(unet: keras.Mode
     assert all(norm.groups == norm.gamma.shape[0] == norm.beta.shape[0] for norm in norms)
 
 
+@pytest.mark.parametrize("xla", [False, True])
 @pytest.mark.parametrize("batch_size", [4, 16])  # of 11 images, eight of which go one by one
-def test_fused_norms_compute_and_learn_what_those_of_keras_do(batch_size: int) -> None:
+def test_fused_norms_compute_and_learn_what_those_of_keras_do(batch_size: int, xla: bool) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(3, 1, (11, 8, 12, 3)), rng.normal(size=(11, 8, 12, 5))
     image = keras.Input((8, 12, 3))
@@ -130,7 +131,7 @@ def test_fused_norms_compute_and_learn_what_those_of_keras_do(batch_size: int) -
     on_processor = keras.backend.backend() == "tensorflow" and "CPU" in segment.describe_device()
     assert isinstance(fused.layers[-1].call, functools.partial) == on_processor
     for model in (plain, fused):
-        model.compile(keras.optimizers.SGD(0.3), "mse")
+        model.compile(keras.optimizers.SGD(0.3), "mse", jit_compile=xla)
         model.fit(x, y, batch_size, epochs=2, shuffle=False, verbose=0)
     for ours, theirs in zip(fused.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
