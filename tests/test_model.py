@@ -117,8 +117,8 @@ def test_each_channel_is_normalized_scaled_and_offset_by_itself(unet: keras.Mode
     assert all(norm.groups == norm.gamma.shape[0] == norm.beta.shape[0] for norm in norms)
 
 
-@pytest.mark.parametrize("xla", [False, True])
-@pytest.mark.parametrize("batch_size", [4, 16])  # of 11 images, eight of which go one by one
+# Of 11 images eight go one by one; from batches of 4 and of 3 some of the eight are missing.
+@pytest.mark.parametrize(("batch_size", "xla"), [(16, False), (4, True)])
 def test_fused_norms_compute_and_learn_what_those_of_keras_do(batch_size: int, xla: bool) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(3, 1, (11, 8, 12, 3)), rng.normal(size=(11, 8, 12, 5))
@@ -203,7 +203,7 @@ def test_four_images_can_be_learnt_by_heart() -> None:
     model.compile(
         keras.optimizers.Adam(1e-2), segment.dice_loss, metrics=[segment.dice_coefficient]
     )
-    model.fit(images, masks, batch_size=4, epochs=80, verbose=0)
+    model.fit(images, masks, batch_size=4, epochs=50, verbose=0)
     assert model.evaluate(images, masks, verbose=0)[1] > 0.95
 
 
