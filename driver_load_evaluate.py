@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import segment
@@ -65,15 +65,15 @@ def load_evaluate(options: argparse.Namespace) -> None:
         print(f"Evaluating the {len(image_paths)} test images put aside in training")
     warn_of_images_seen(seen)
 
-    # 5. Predict the test set
+    # 5. Predict the test set, as far as the results ask for it
     test_generator = segment.create_generator(
         image_paths[: options.subset], mask_paths[: options.subset] or None,
         image_size=model.input_shape[1:3], batch_size=options.batch_size,
         cache=segment.PairCache(0),  # each image is needed once
     )
-    predictions = predict(options, model, test_generator)
+    predictions = segment.predict_each(model, test_generator, **how_to_predict(options))
 
-    # 6. Show the results
+    # 6. Show the results: images are scored while the next are predicted
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
                     threshold=record.threshold, history=record.history, output_dir=output,
                     notes={"model": str(options.model or segment.PRETRAINED.name),
@@ -87,11 +87,8 @@ def warn_of_images_seen(seen: Sequence[str]) -> None:
               "scores do not count as a test.", file=sys.stderr)
 
 
-def predict(options: argparse.Namespace, model: Any, generator: Any) -> Any:
-    """Predicts the images of a generator as the options want it."""
-    import segment
-
-    return segment.predict(model, generator, mirror=options.mirror, one_region=options.one_region)
+def how_to_predict(options: argparse.Namespace) -> dict[str, bool]:
+    return {"mirror": options.mirror, "one_region": options.one_region}
 
 
 def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object]) -> None:

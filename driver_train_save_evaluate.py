@@ -19,11 +19,11 @@ from typing import Any
 
 from driver_load_evaluate import (
     find_checked_pairs,
+    how_to_predict,
     inspect_sizes,
     natural,
     parse_common_options,
     positive,
-    predict,
     quiet_startup,
     run,
 )  # fmt: skip
@@ -147,17 +147,18 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     train(options, model, train_generator, val_generator, split)
     threshold = options.threshold
     if threshold is None and val_generator is not None:
-        threshold = segment.choose_threshold(val_generator, predict(options, model, val_generator))
+        lesions = segment.predict(model, val_generator, **how_to_predict(options))
+        threshold = segment.choose_threshold(val_generator, lesions)
     segment.save_model(model, options.save, threshold=threshold, optimizer=options.optimizer)
     print(f"Saved {options.save}")
     if test_generator is None:
         print("No image was put aside to test on (--test-split 0): there is nothing to score")
         return
 
-    # 8. Predict the test set
-    predictions = predict(options, model, test_generator)
+    # 8. Predict the test set, as far as the results ask for it
+    predictions = segment.predict_each(model, test_generator, **how_to_predict(options))
 
-    # 9. Show the results
+    # 9. Show the results: images are scored while the next are predicted
     record = segment.model_record(model)
     segment.results(test_generator, predictions, num_imgs=options.num_imgs,
                     threshold=record.threshold, history=record.history, output_dir=output,

@@ -92,6 +92,7 @@ __all__ = [  # noqa: RUF022, by the alphabet
     "plot_image_sizes",
     "plot_predictions",
     "predict",
+    "predict_each",
     "restore_masks",
     "results",
     "save_figure",
@@ -1684,21 +1685,53 @@ def predict(
     Raises:
         SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
     """
-    _check_frame(model, generator)
-    predictions = _room_for((len(generator.image_paths), *generator.image_size, 1))
-    batches = range(math.ceil(len(predictions) / generator.batch_size))
-    at_once = math.ceil(512 / generator.batch_size)  # batches, so that memory is bounded
-    with _naming_the_file(generator), _each_host_alone():
-        network = _mirrored(model) if mirror else model
-        for first in batches[::at_once]:
-            some = _FullBatches(generator, batches[first : first + at_once])
-            predicted = np.asarray(network.predict(some, verbose=verbose))
-            place = predictions[first * generator.batch_size :][: len(predicted)]
-            place[...] = predicted[: len(place)]
-    if one_region:
-        for prediction in predictions:
-            prediction[..., 0] = _one_region(prediction[..., 0], model_record(model).threshold)
+    each = predict_each(model, generator, mirror=mirror, one_region=one_region, verbose=verbose)
+    predictions = _room_for(_prediction_shape(generator))
+    for _ in _put(each, predictions):
+        pass
     return predictions
+
+
+def predict_each(
+    model: keras.Model,
+    generator: ImageGenerator,
+    *,
+    mirror: bool = True,
+    one_region: bool = True,
+    verbose: str | int = "auto",
+) -> Iterator[Array]:
+    """Predicts as `predict` does, 128 images ahead: `results` scores while the next are predicted.
+
+    Args:
+        model: A trained model.
+        generator: The images; masks are not looked at.
+        mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
+        one_region: Whether to keep the most certain region alone and to fill its holes.
+        verbose: Progress display, as in `keras.Model.predict`.
+
+    Yields:
+        Lesion probabilities `float32 (height, width, 1)` in the order of `generator.image_paths`.
+
+    Raises:
+        SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
+    """
+    _check_frame(model, generator)
+    network = _mirrored(model) if mirror else model
+    images, size = len(generator.image_paths), generator.batch_size
+    batches = range(math.ceil(images / size))
+    at_once = math.ceil(128 / size)  # batches
+    for first in batches[::at_once]:
+        some = _FullBatches(generator, batches[first : first + at_once])
+        with _naming_the_file(generator), _each_host_alone():
+            predicted = np.asarray(network.predict(some, verbose=verbose))
+        for prediction in predicted[: images - first * size]:
+            if one_region:
+                prediction[..., 0] = _one_region(prediction[..., 0], model_record(model).threshold)
+            yield prediction
+
+
+def _prediction_shape(generator: ImageGenerator) -> tuple[int, ...]:
+    return (len(generator.image_paths), *generator.image_size, 1)
 
 
 def _room_for(shape: tuple[int, ...], in_memory: int = 2**28) -> Array:
@@ -1707,6 +1740,18 @@ def _room_for(shape: tuple[int, ...], in_memory: int = 2**28) -> Array:
         return np.empty(shape, np.float32)
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def _put(arriving: Iterable[Array], places: Array) -> Iterator[Array]:
+    """Puts each array into its place as it arrives, and gives it on from there."""
+    for place, array in itertools.zip_longest(places, arriving):
+        _require(
+            np.shape(place) == np.shape(array),
+            f"These predictions do not belong to this generator, which gives {places.shape}: "
+            "predict with it.",
+        )
+        place[...] = array
+        yield place
 
 
 class _HostShare(keras.utils.PyDataset):  # type: ignore[misc]
@@ -2262,7 +2307,7 @@ def _crop(frame: Array, size: Size) -> Array:
 
 
 def _check_predictions(generator: ImageGenerator, predictions: Array) -> None:
-    expected = (len(generator.image_paths), *generator.image_size, 1)
+    expected = _prediction_shape(generator)
     _require(
         predictions.shape == expected,
         f"Predictions of shape {predictions.shape} do not belong to this generator, which gives "
@@ -2287,7 +2332,7 @@ def _write_mask(mask: NDArray[np.bool_], image_path: str, output_dir: StrPath) -
 
 def results(
     test_generator: ImageGenerator,
-    predictions: Array,
+    predictions: Array | Iterator[Array],
     *,
     num_imgs: int = 4,
     threshold: float = 0.5,
@@ -2304,7 +2349,8 @@ def results(
 
     Args:
         test_generator: The images, not shuffled, with their masks or without.
-        predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them.
+        predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them,
+            or what `predict_each` returned: then scored while the next are predicted.
         num_imgs: How many images to draw in each of the two forms.
         threshold: Probability from which a pixel is lesion, in 0..1.
         history: `model_record(model).history`, for the learning curves.
@@ -2323,7 +2369,12 @@ def results(
     """
     for folder in ("", "masks", "overlays") if output_dir is not None else ():
         _remove_leftovers(Path(output_dir or "") / folder)
-    scores = _score_images(test_generator, predictions, threshold, output_dir)
+    arriving = iter(predictions)
+    if not isinstance(predictions, np.ndarray):
+        predictions = _room_for(_prediction_shape(test_generator))
+        arriving = _put(arriving, predictions)
+    _check_predictions(test_generator, predictions)
+    scores = _score_images(test_generator, arriving, threshold, output_dir)
     summary = {"threshold": threshold, **(notes or {}), **summarize(scores)}
     print(_report(summary))
     if output_dir is not None:
@@ -2338,29 +2389,26 @@ def results(
 
 
 def _score_images(
-    generator: ImageGenerator, predictions: Array, threshold: float, output_dir: StrPath | None
+    generator: ImageGenerator,
+    arriving: Iterator[Array],
+    threshold: float,
+    output_dir: StrPath | None,
 ) -> list[dict[str, Any]]:
-    """Scores (and writes) full-size masks, as many at a time as there are processors."""
-    _check_predictions(generator, predictions)
+    """Scores (and writes) full-size masks as predictions arrive, one on each processor."""
     _check_threshold(threshold)
-    estimates = estimate_dice(predictions, threshold=threshold)
     folder = None if output_dir is None else Path(output_dir)
     score = functools.partial(_score_image, threshold, folder)
     masks = generator.mask_paths or itertools.repeat(None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        scores = pool.map(score, generator.image_paths, masks, predictions)
-        return [
-            {**score, "estimated_dice": float(estimate)}
-            for score, estimate in zip(scores, estimates, strict=True)
-        ]
+        return list(pool.map(score, arriving, generator.image_paths, masks))
 
 
 def _score_image(
     threshold: float,
     output_dir: Path | None,
+    prediction: Array,
     image_path: str,
     mask_path: str | None,
-    prediction: Array,
 ) -> dict[str, Any]:
     mask = _restore_mask(image_path, prediction, threshold)
     scores: dict[str, Any] = {"id": image_id(image_path)}
@@ -2371,7 +2419,8 @@ def _score_image(
         _write_mask(mask, image_path, output_dir / "masks")
     if output_dir is not None and mask_path is None:
         _write_overlay(mask, image_path, output_dir / "overlays")
-    return scores
+    (estimate,) = estimate_dice(prediction[None], threshold=threshold)
+    return {**scores, "estimated_dice": float(estimate)}
 
 
 def _write_overlay(mask: NDArray[np.bool_], image_path: str, output_dir: Path) -> None:

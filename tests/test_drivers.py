@@ -128,7 +128,7 @@ def test_a_training_that_was_killed_goes_on_with_resume(
 STEPS = (
     "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
     "train_val_test_split", "create_generator", "create_model", "train_model", "choose_threshold",
-    "save_model", "load_model", "predict", "results",
+    "save_model", "load_model", "predict", "predict_each", "results",
 )  # fmt: skip
 
 
@@ -157,13 +157,13 @@ def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: li
     assert steps == [
         "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
         "train_val_test_split", *["create_generator"] * 3, "create_model", "train_model",
-        "predict", "choose_threshold", "save_model", "predict", "results",
+        "predict", "choose_threshold", "save_model", "predict_each", "results",
     ]  # fmt: skip
     steps.clear()
     load("--inspect")
     assert steps == [
         "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "load_model",
-        "create_generator", "predict", "results",
+        "create_generator", "predict_each", "results",
     ]  # fmt: skip
 
 
@@ -413,13 +413,13 @@ def test_a_model_named_without_masks_asks_for_all(capsys: pytest.CaptureFixture[
 def test_prediction_and_threshold_are_chosen_on_validation_images_and_can_be_switched(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict, calls = segment.predict, []
+    predict, calls = segment.predict_each, []
 
-    def spy(model: Any, generator: Any, **options: Any) -> Any:
-        calls.append((len(generator.image_paths), options))
-        return predict(model, generator, **options)
+    def spy(model: Any, generator: Any, *, mirror: bool, one_region: bool, **options: Any) -> Any:
+        calls.append((len(generator.image_paths), {"mirror": mirror, "one_region": one_region}))
+        return predict(model, generator, mirror=mirror, one_region=one_region, **options)
 
-    monkeypatch.setattr(segment, "predict", spy)
+    monkeypatch.setattr(segment, "predict_each", spy)
     monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.35)
     train("--no-mirror", "--no-one-region")
     options = {"mirror": False, "one_region": False}
@@ -466,13 +466,13 @@ def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
 def test_the_load_driver_predicts_as_the_train_driver_did(
     train: Run, load: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict, calls = segment.predict, []
+    predict, calls = segment.predict_each, []
 
     def spy(model: Any, generator: Any, **options: Any) -> Any:
         calls.append((generator.batch_size, options))
         return predict(model, generator, **options)
 
-    monkeypatch.setattr(segment, "predict", spy)
+    monkeypatch.setattr(segment, "predict_each", spy)
     train("--no-mirror", "--no-one-region", "--batch-size", "3")
     load()
     assert calls[-1] == calls[-2] == (3, {"mirror": False, "one_region": False})

@@ -32,7 +32,7 @@ def test_plain_prediction_is_that_of_the_model(make_pairs: MakePairs) -> None:
 
 def test_many_images_are_predicted_in_parts_that_come_in_order(make_pairs: MakePairs) -> None:
     images, _ = make_pairs(3)
-    chosen = np.random.default_rng(0).integers(0, 3, 1100)  # three parts, the last one short
+    chosen = np.random.default_rng(0).integers(0, 3, 1100)  # parts of 200, the last one short
     many = segment.create_generator(
         [images[i] for i in chosen], image_size=(16, 16), batch_size=200
     )

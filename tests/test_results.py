@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,27 @@ def test_scores_are_those_of_the_full_size_masks(make_pairs: MakePairs) -> None:
     for score, path, prediction in zip(scores, generator.mask_paths, predictions, strict=True):
         expected = dice_by_hand(path, prediction, (90, 120))
         assert score["dice"] == pytest.approx(expected, abs=0.015)
+
+
+def test_images_are_scored_while_the_next_are_predicted(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs)
+    done = 0
+
+    def predict() -> Iterator[np.ndarray]:
+        nonlocal done
+        for path, prediction in zip(generator.image_paths, predictions, strict=True):
+            yield prediction
+            written = tmp_path / "masks" / f"{segment.image_id(path)}_segmentation.png"
+            deadline = time.monotonic() + 20
+            while not written.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            done += written.exists()
+
+    scores = segment.results(generator, predict(), output_dir=tmp_path)
+    assert done == len(predictions)
+    assert scores == segment.results(generator, predictions.astype(np.float32))
 
 
 def test_picture_id_and_score_belong_together_when_sorted(make_pairs: MakePairs) -> None:
@@ -295,6 +318,9 @@ def test_what_does_not_belong_together_is_refused(make_pairs: MakePairs) -> None
     generator, predictions = prepare(make_pairs, 3)
     with pytest.raises(segment.SegmentError, match=r"\(2, 64, 64, 1\) do not belong"):
         segment.results(generator, predictions[:2])
+    for others in (predictions[:2], predictions[[0, 1, 2, 2]], predictions[:, :32]):
+        with pytest.raises(segment.SegmentError, match=r"generator, which gives \(3, 64, 64, 1\)"):
+            segment.results(generator, iter(others))
     with pytest.raises(segment.SegmentError, match=r"threshold is 0: expected"):
         segment.results(generator, predictions, threshold=0)
     generator.shuffle = True
