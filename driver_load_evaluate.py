@@ -93,7 +93,7 @@ def how_to_predict(options: argparse.Namespace) -> dict[str, bool]:
 
 def predict_as_trained(options: argparse.Namespace, trained: Mapping[str, object]) -> None:
     """Fills in what was not given, so that the scores are those of the train driver."""
-    for name, default in {"batch_size": 16, "mirror": True, "one_region": True}.items():
+    for name, default in {"batch_size": 8, "mirror": True, "one_region": True}.items():
         if getattr(options, name) is None:
             value = trained.get(name)  # of a file that anybody may have written
             usual = type(value) is type(default) and value in range(512)  # True and False are too
@@ -112,7 +112,7 @@ def parse_common_options(
     add("--mask-dir", metavar="DIR", help="folder of their masks (default: that of the sample)")
     add("--subset", type=positive, metavar="N", help="use the first N pairs (or test images) only")
     add("--batch-size", type=positive, metavar="N",
-        help="images a batch (default: as in training, there 16; sample: 4)")
+        help="images a batch (default: as in training, there 8; sample: 4)")
     add("--skip-bad", action="store_true", help="leave out pairs with files that cannot be used")
     add("--inspect", action="store_true", help="count and plot the sizes of the images")
     add = parser.add_argument_group("results").add_argument

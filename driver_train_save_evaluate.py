@@ -72,7 +72,7 @@ def fill_in(options: argparse.Namespace) -> None:
     defaults = {"image_size": (128, 128) if options.on_sample else (96, 128),
                 "test_split": 0.2 if options.on_sample else 0.03,
                 "epochs": 20 if options.on_sample else 60,
-                "batch_size": 4 if options.on_sample else 16, "mirror": True, "one_region": True,
+                "batch_size": 4 if options.on_sample else 8, "mirror": True, "one_region": True,
                 "save": str(Path(options.output) / "model.keras")}
     for name, default in defaults.items():
         if getattr(options, name) is None:

@@ -480,7 +480,7 @@ def test_the_load_driver_predicts_as_the_train_driver_did(
     assert calls[-1] == (2, {"mirror": True, "one_region": False})
     options = driver_load_evaluate.parse_options([])
     driver_load_evaluate.predict_as_trained(options, {"batch_size": "many", "mirror": 7})
-    assert (options.batch_size, options.mirror, options.one_region) == (16, True, True)
+    assert (options.batch_size, options.mirror, options.one_region) == (8, True, True)
 
 
 def test_a_threshold_can_be_given_to_both_drivers(
@@ -504,7 +504,7 @@ def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.Mon
     for options in (parse([]), parse(sample)):
         assert (options.epochs, options.batch_size, options.image_size) == (20, 4, (128, 128))
     elsewhere = parse(["--image-dir", "tests", "--mask-dir", "tests"])
-    assert (elsewhere.epochs, elsewhere.batch_size, elsewhere.image_size) == (60, 16, (96, 128))
+    assert (elsewhere.epochs, elsewhere.batch_size, elsewhere.image_size) == (60, 8, (96, 128))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")

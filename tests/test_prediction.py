@@ -109,14 +109,23 @@ def test_the_threshold_is_that_of_the_highest_mean_dice(make_pairs: MakePairs) -
         segment.choose_threshold(blind, predictions)
 
 
-def test_the_estimate_is_the_soft_dice_of_mask_and_probabilities() -> None:
+def test_the_estimate_is_the_soft_dice_less_the_doubt_of_the_outline() -> None:
     lesion = np.array([[0.9, 0.8], [0.4, 0.0]])
     predictions = np.stack([lesion, lesion > 0.5, 0 * lesion])[..., None]
-    # Of the first: mask of 2 pixels, 1.7 of 2.1 pixels of lesion within it.
-    expected = [2 * 1.7 / (2.1 + 2), 1, 0]
+    # Of the first: mask of 2 of 4 pixels, 1.7 of 2.1 pixels of lesion within it.
+    doubt = 0.005 / 0.5**0.5
+    expected = [2 * 1.7 / (2.1 + 2) - doubt, 1 - doubt, 0]
     np.testing.assert_allclose(segment.estimate_dice(predictions), expected)
     (cut,) = segment.estimate_dice(predictions[:1], threshold=0.3)
-    assert cut == pytest.approx(2 * 2.1 / (2.1 + 3))
+    assert cut == pytest.approx(2 * 2.1 / (2.1 + 3) - 0.005 / 0.75**0.5)
+
+
+def test_of_two_certain_lesions_the_smaller_one_is_trusted_less() -> None:
+    predictions = np.zeros((3, 200, 200, 1), np.float32)
+    for prediction, side in zip(predictions, (100, 20, 1), strict=True):
+        prediction[:side, :side] = 1
+    # A half, a tenth and a two-hundredth of the frame's side; the last may be anything.
+    np.testing.assert_allclose(segment.estimate_dice(predictions), [0.99, 0.95, 0], atol=1e-9)
 
 
 def test_a_batch_size_beyond_the_images_takes_no_more_memory(make_pairs: MakePairs) -> None:
