@@ -37,7 +37,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1028,7 +1028,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         return math.floor(batches) if self.whole_batches else math.ceil(batches)
 
     def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
-        return self.share(index, 0, 1)
+        return self.share(index, *_this_host())
 
     def share(self, index: int, host: int, hosts: int) -> Array | tuple[Array, Array]:
         """Of a batch what one of several hosts computes: the rows in as many equal parts."""
@@ -1474,7 +1474,7 @@ def train_model(
         try:
             with _naming_the_file(train_generator, val_generator):
                 return model.fit(
-                    _host_share(train_generator), validation_data=_host_share(val_generator),
+                    train_generator, validation_data=val_generator,
                     callbacks=[keras.callbacks.TerminateOnNaN(), schedule, keeper],
                     initial_epoch=_count_epochs(model), epochs=end, verbose=verbose,
                     shuffle=False,  # the generator shuffles by itself
@@ -1554,6 +1554,7 @@ def _facts(record: ModelRecord) -> dict[str, Any]:
     return {name: told[name] for name in names if name in told}
 
 
+@dataclasses.dataclass(eq=False)
 class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
     """Records every epoch in the model's record and keeps the best and the last one in files.
 
@@ -1561,21 +1562,15 @@ class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
     whole or not at all, with the record in them, and puts the best epoch back into the model.
     """
 
-    def __init__(
-        self,
-        train_generator: Any,
-        path: Path,
-        log_path: StrPath | None = None,
-        resume_path: StrPath | None = None,
-        resumed: bool = False,
-    ) -> None:
+    train_generator: Any
+    path: Path
+    log_path: StrPath | None = None
+    resume_path: StrPath | None = None
+    resumed: bool = False
+    best: float | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.train_generator = train_generator
-        self.path = path
-        self.log_path = log_path
-        self.resume_path = resume_path
-        self.resumed = resumed
-        self.best: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Takes a model that goes on for the best so far, unless that was interrupted."""
@@ -1669,11 +1664,11 @@ def predict(
     one_region: bool = True,
     verbose: str | int = "auto",
 ) -> Array:
-    """Predicts every image of a generator that does not shuffle.
+    """Predicts every image of a generator.
 
     Args:
         model: A trained model.
-        generator: The images; masks are not looked at.
+        generator: The images, taken as they are and in their order; masks are not looked at.
         mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
         one_region: Whether to keep the most certain region alone and to fill its holes, as ISIC
             masks are one region without holes.
@@ -1688,8 +1683,8 @@ def predict(
     """
     each = predict_each(model, generator, mirror=mirror, one_region=one_region, verbose=verbose)
     predictions = _room_for(_prediction_shape(generator))
-    for _ in _put(each, predictions):
-        pass
+    for place, prediction in zip(predictions, each, strict=True):
+        place[...] = prediction
     return predictions
 
 
@@ -1701,11 +1696,13 @@ def predict_each(
     one_region: bool = True,
     verbose: str | int = "auto",
 ) -> Iterator[Array]:
-    """Predicts as `predict` does, 128 images ahead: `results` scores while the next are predicted.
+    """Predicts as `predict` does, but one part after the other, when its images are asked for.
+
+    A part has 128 images or one batch: `results` scores those of one while the next is predicted.
 
     Args:
         model: A trained model.
-        generator: The images; masks are not looked at.
+        generator: The images, taken as they are and in their order; masks are not looked at.
         mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
         one_region: Whether to keep the most certain region alone and to fill its holes.
         verbose: Progress display, as in `keras.Model.predict`.
@@ -1717,6 +1714,9 @@ def predict_each(
         SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
     """
     _check_frame(model, generator)
+    generator = dataclasses.replace(
+        generator, mask_paths=None, shuffle=False, augment=False, workers=generator.workers
+    )
     network = _mirrored(model) if mirror else model
     images, size = len(generator.image_paths), generator.batch_size
     batches = range(math.ceil(images / size))
@@ -1748,34 +1748,11 @@ def _put(arriving: Iterable[Array], places: Array) -> Iterator[Array]:
     for place, array in itertools.zip_longest(places, arriving):
         _require(
             np.shape(place) == np.shape(array),
-            f"These predictions do not belong to this generator, which gives {places.shape}: "
-            "predict with it.",
+            f"These predictions, too few, too many or of shape {np.shape(array)}, do not belong to "
+            f"this generator, which gives {places.shape}: predict with it, and use them once.",
         )
         place[...] = array
         yield place
-
-
-class _HostShare(keras.utils.PyDataset):  # type: ignore[misc]
-    """What this host computes of each batch of a generator."""
-
-    def __init__(self, generator: ImageGenerator) -> None:
-        super().__init__(workers=generator.workers)
-        self.generator = generator
-
-    def __len__(self) -> int:
-        return len(self.generator)
-
-    def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
-        return self.generator.share(index, *_this_host())
-
-    def on_epoch_end(self) -> None:
-        """Goes on to the next epoch; Keras calls it."""
-        self.generator.on_epoch_end()
-
-
-def _host_share(generator: Any) -> Any:
-    alone = _this_host()[1] == 1 or not isinstance(generator, ImageGenerator)
-    return generator if alone else _HostShare(generator)
 
 
 class _FullBatches(keras.utils.PyDataset):  # type: ignore[misc]
@@ -1785,18 +1762,20 @@ class _FullBatches(keras.utils.PyDataset):  # type: ignore[misc]
         super().__init__(workers=generator.workers)
         self.generator = generator
         self.batches = batches
+        self._load = functools.lru_cache(2)(self._fill)  # Keras has a look at the first two before
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Array:
-        batch = self.generator[self.batches[index]]
-        images = batch[0] if isinstance(batch, tuple) else batch
+        return self._load(index)
+
+    def _fill(self, index: int) -> Array:
+        images = self.generator.share(self.batches[index], 0, 1)
         wanted = self.generator.batch_size
         if keras.distribution.distribution() is None:  # no devices that need equal parts
             wanted = min(wanted, len(self.generator.image_paths))
-        missing = wanted - len(images)
-        return np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        return np.pad(images, ((0, wanted - len(images)), (0, 0), (0, 0), (0, 0)))
 
 
 def _mirrored(model: keras.Model) -> keras.Model:
@@ -1850,16 +1829,16 @@ def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
 def estimate_dice(predictions: Array, *, threshold: float = 0.5) -> NDArray[np.float64]:
     """Estimates the Dice coefficient of each image without knowing its mask.
 
-    It is the soft Dice between the predicted mask and the probabilities behind it, which is low
-    where the mirrorings of an image disagree, less what an outline is off even where they agree:
-    that costs the more of a lesion the smaller it is, `OUTLINE_DOUBT / sqrt(share of the frame)`.
+    It is the soft Dice between the predicted mask and the probabilities behind it, low where the
+    mirrorings of an image disagree, less `OUTLINE_DOUBT / sqrt(share)` for a mask that takes a
+    share of the frame: an outline that is slightly off costs a small lesion more.
 
     Args:
         predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them.
         threshold: Probability from which a pixel is lesion, in 0..1.
 
     Returns:
-        `float64 (images,)` in 0..1; 0 for an empty mask.
+        `float64 (images,)` in 0..1, never below 0; 0 for an empty mask.
     """
     estimates = np.zeros(len(predictions))
     for i, lesion in enumerate(predictions):
@@ -2366,43 +2345,48 @@ def results(
         mask) and `"estimated_dice"`.
 
     Raises:
-        SegmentError: If a mask has not its image's size, the predictions do not belong to the
-            generator, or a file cannot be written.
+        SegmentError: If a file cannot be loaded or written, a mask has not its image's size, or the
+            predictions do not belong to the generator.
     """
-    for folder in ("", "masks", "overlays") if output_dir is not None else ():
-        _remove_leftovers(Path(output_dir or "") / folder)
+    output = None if output_dir is None else Path(output_dir)
+    if output:
+        _check_file_to_write(output / "scores.csv")  # before the first image is predicted
+        for folder in ("", "masks", "overlays"):
+            _remove_leftovers(output / folder)
     arriving = iter(predictions)
     if not isinstance(predictions, np.ndarray):
         predictions = _room_for(_prediction_shape(test_generator))
         arriving = _put(arriving, predictions)
     _check_predictions(test_generator, predictions)
-    scores = _score_images(test_generator, arriving, threshold, output_dir)
+    scores = _score_images(test_generator, arriving, threshold, output)
     summary = {"threshold": threshold, **(notes or {}), **summarize(scores)}
     print(_report(summary))
-    if output_dir is not None:
-        _write_text(Path(output_dir) / "scores.csv", _table(scores))
-        _write_text(Path(output_dir) / "summary.json", json.dumps(summary, indent=1))
+    if output:
+        _write_text(output / "scores.csv", _table(scores))
+        _write_text(output / "summary.json", json.dumps(summary, indent=1))
     figures = _figures(test_generator, predictions, scores, num_imgs, threshold, history)
     for name, figure in figures:
-        if output_dir is not None:
-            save_figure(figure, Path(output_dir) / f"{name}.png")
+        if output:
+            save_figure(figure, output / f"{name}.png")
         _show(figure)
     return scores
 
 
 def _score_images(
-    generator: ImageGenerator,
-    arriving: Iterator[Array],
-    threshold: float,
-    output_dir: StrPath | None,
+    generator: ImageGenerator, arriving: Iterator[Array], threshold: float, output: Path | None
 ) -> list[dict[str, Any]]:
     """Scores (and writes) full-size masks as predictions arrive, one on each processor."""
     _check_threshold(threshold)
-    folder = None if output_dir is None else Path(output_dir)
-    score = functools.partial(_score_image, threshold, folder)
     masks = generator.mask_paths or itertools.repeat(None)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(score, arriving, generator.image_paths, masks))
+    pool, scores = ThreadPoolExecutor(os.cpu_count()), list[Future[dict[str, Any]]]()
+    try:
+        for image in zip(arriving, generator.image_paths, masks, strict=False):
+            scores.append(pool.submit(_score_image, threshold, output, *image))
+            if len(scores) >= 128:  # no more shall wait, nor an error for the end
+                scores[-128].result()
+        return [score.result() for score in scores]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _score_image(
@@ -2537,17 +2521,10 @@ def _figures(
     for name, indices in (("predictions", range(drawn)), ("worst", worst)):
         for start in range(0, drawn, 20):
             page = indices[start : start + 20]
-            yield (
-                name + f"_{start + 1}" * (drawn > 20),
-                plot_predictions(
-                    generator,
-                    predictions,
-                    scores,
-                    page,
-                    threshold=threshold,
-                    contours=name == "worst",
-                ),
+            figure = plot_predictions(
+                generator, predictions, scores, page, threshold=threshold, contours=name == "worst"
             )
+            yield name + f"_{start + 1}" * (drawn > 20), figure
     yield "histogram", plot_dice_histogram(scores)
     if history:
         yield "training", plot_history(history)

@@ -58,7 +58,9 @@ def test_two_devices_train_and_predict_as_one_does(
     one, both = json.loads(done.stdout.splitlines()[-1])
     assert len(one[0]["val_loss"]) == 2
     for name, curve in one[0].items():
-        assert both[0][name] == pytest.approx(curve, abs=1e-4), name
+        # Rounding may put a pixel or two that are close to 0.5 on the other side of it.
+        rounding = 1e-4 if name.endswith(("loss", "rate")) else 5e-3
+        assert both[0][name] == pytest.approx(curve, abs=rounding), name
     assert len(one[1]) == 6 * 16 * 16  # the second batch is short, and padded
     assert both[1] == pytest.approx(one[1], abs=1e-3)
     assert both[2] == one[2]

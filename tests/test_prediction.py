@@ -1,5 +1,7 @@
 """Prediction: mirrorings, one region, the threshold, and the estimate of its own Dice."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -32,15 +34,43 @@ def test_plain_prediction_is_that_of_the_model(make_pairs: MakePairs) -> None:
 
 def test_many_images_are_predicted_in_parts_that_come_in_order(make_pairs: MakePairs) -> None:
     images, _ = make_pairs(3)
-    chosen = np.random.default_rng(0).integers(0, 3, 1100)  # parts of 200, the last one short
-    many = segment.create_generator(
-        [images[i] for i in chosen], image_size=(16, 16), batch_size=200
-    )
+    chosen = np.random.default_rng(0).integers(0, 3, 400)  # parts of 150, the last one short
+    many = segment.create_generator([images[i] for i in chosen], image_size=(16, 16), batch_size=50)
     unet = segment.create_model((16, 16), num_filters=1)
     each = unet.predict(segment.create_generator(images, image_size=(16, 16)), verbose=0)
     predictions = segment.predict(unet, many, mirror=False, one_region=False, verbose=0)
     np.testing.assert_allclose(predictions, each[chosen], atol=1e-5)
     assert len({prediction.tobytes() for prediction in each}) == 3
+
+
+def test_images_are_predicted_when_they_are_asked_for_and_a_bad_one_is_named(
+    make_pairs: MakePairs,
+) -> None:
+    images, _ = make_pairs(2)
+    Path(images[1]).write_bytes(b"damaged")
+    many = segment.create_generator([images[0]] * 128 + images[1:], image_size=(16, 16))
+    unet = segment.create_model((16, 16), num_filters=1)
+    each = segment.predict_each(unet, many, verbose=0)
+    assert next(each).shape == (16, 16, 1)
+    with pytest.raises(segment.SegmentError, match=r"0000001\.\w+: cannot be read as an image"):
+        list(each)
+    with pytest.raises(segment.SegmentError, match="cannot be read as an image"):
+        segment.results(many, segment.predict_each(unet, many, verbose=0))
+
+
+def test_images_come_in_their_order_as_they_are_and_without_their_masks(
+    make_pairs: MakePairs,
+) -> None:
+    images, masks = make_pairs(3)
+    unet = segment.create_model((16, 16), num_filters=1)
+    plain = segment.create_generator(images, image_size=(16, 16))
+    for path in masks:
+        Path(path).unlink()
+    training = segment.create_generator(
+        images, masks, image_size=(16, 16), shuffle=True, augment=True
+    )
+    predictions = segment.predict(unet, training, verbose=0)
+    np.testing.assert_array_equal(predictions, segment.predict(unet, plain, verbose=0))
 
 
 def test_more_predictions_than_memory_shall_hold_lie_in_a_file_and_are_used_alike() -> None:
@@ -121,10 +151,10 @@ def test_the_estimate_is_the_soft_dice_less_the_doubt_of_the_outline() -> None:
 
 
 def test_of_two_certain_lesions_the_smaller_one_is_trusted_less() -> None:
-    predictions = np.zeros((3, 200, 200, 1), np.float32)
-    for prediction, side in zip(predictions, (100, 20, 1), strict=True):
+    predictions = np.zeros((3, 400, 400, 1), np.float32)
+    for prediction, side in zip(predictions, (200, 40, 1), strict=True):
         prediction[:side, :side] = 1
-    # A half, a tenth and a two-hundredth of the frame's side; the last may be anything.
+    # A half, a tenth and a four-hundredth of the frame's side: the last would be below 0.
     np.testing.assert_allclose(segment.estimate_dice(predictions), [0.99, 0.95, 0], atol=1e-9)
 
 

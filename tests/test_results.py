@@ -4,9 +4,10 @@ import csv
 import json
 import os
 import resource
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,24 +51,34 @@ def test_scores_are_those_of_the_full_size_masks(make_pairs: MakePairs) -> None:
 
 
 def test_images_are_scored_while_the_next_are_predicted(
-    make_pairs: MakePairs, tmp_path: Path
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, predictions = prepare(make_pairs)
-    done = 0
+    went_on, score = threading.Event(), segment._score_image
 
     def predict() -> Iterator[np.ndarray]:
-        nonlocal done
-        for path, prediction in zip(generator.image_paths, predictions, strict=True):
-            yield prediction
-            written = tmp_path / "masks" / f"{segment.image_id(path)}_segmentation.png"
-            deadline = time.monotonic() + 20
-            while not written.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            done += written.exists()
+        yield predictions[0]
+        went_on.set()  # while the first one is being scored
+        yield from predictions[1:]
 
-    scores = segment.results(generator, predict(), output_dir=tmp_path)
-    assert done == len(predictions)
+    def score_late(*image: Any) -> dict[str, Any]:
+        assert went_on.wait(20)
+        return score(*image)
+
+    monkeypatch.setattr(segment, "_score_image", score_late)
+    scores = segment.results(generator, predict())
     assert scores == segment.results(generator, predictions.astype(np.float32))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_predicted(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    (tmp_path / "file").write_text("")
+    untouched = iter(predictions)
+    with pytest.raises(segment.SegmentError, match=r"scores\.csv: cannot be written"):
+        segment.results(generator, untouched, output_dir=tmp_path / "file")
+    assert len(list(untouched)) == 2
 
 
 def test_picture_id_and_score_belong_together_when_sorted(make_pairs: MakePairs) -> None:
