@@ -121,7 +121,7 @@ PRETRAINED = Path(__file__).with_name("pretrained.keras")  # what load_model tak
 REPORTED = ("mean", "median", "p10", "min")  # what results prints of each score
 RINGS, ANGLES = 16, 64  # samples of a lesion, to tell whether two images show the same one
 SAME_LESION = 0.63  # of the likeness of two images: found on real ones, see the README
-OUTLINE_DOUBT = 0.005  # found on held-out images, see tests/experiments.md
+OUTLINE_DOUBT = 0.005  # the Dice it costs a mask of the whole frame: see tests/experiments.md
 BEST = "val_dice_coefficient"  # what the best epoch is best in
 
 Size = tuple[int, int]
@@ -2632,7 +2632,8 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
             curve = history.get(key, ())
             first = epochs - len(curve) + 1  # of a curve that began in a later epoch
-            cell.plot(range(first, epochs + 1), curve, ".-", label=label)
+            if curve:
+                cell.plot(range(first, epochs + 1), curve, ".-", label=label)
         cell.axvline(best, color="gray", ls="--", label=f"Best epoch ({best})")
         cell.set(title=titles[name], xlabel="Epoch")
         cell.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -313,6 +313,9 @@ def test_curves_without_validation_or_without_epochs() -> None:
     figure = segment.plot_history({"loss": [3.0, 2, 1], "learning_rate": [1.0, 1, 1]})
     assert [axes.get_title() for axes in figure.axes] == ["Loss"]
     assert list(np.asarray(figure.axes[0].get_lines()[-1].get_xdata())) == [3, 3]
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["Training", "Best epoch (3)"]
     with pytest.raises(segment.SegmentError, match="holds no epoch"):
         segment.plot_history({"loss": []})
 
