@@ -1679,7 +1679,8 @@ def predict(
         `generator.image_paths`; more than 256 MiB of them lie in a file that vanishes with them.
 
     Raises:
-        SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
+        SegmentError: If a file cannot be loaded, the frame is not the one of the model, or the
+            disk has no room for the predictions.
     """
     each = predict_each(model, generator, mirror=mirror, one_region=one_region, verbose=verbose)
     predictions = _room_for(_prediction_shape(generator))
@@ -1737,10 +1738,19 @@ def _prediction_shape(generator: ImageGenerator) -> tuple[int, ...]:
 
 def _room_for(shape: tuple[int, ...], in_memory: int = 2**28) -> Array:
     """A `float32` array, in a file without a name if it takes more bytes than `in_memory`."""
-    if 4 * math.prod(shape) <= in_memory:
+    size = 4 * math.prod(shape)
+    if size <= in_memory:
         return np.empty(shape, np.float32)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
+    try:
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # or a disk that fills up would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, np.float32, "w+", shape=shape)
+    except OSError as error:
+        raise SegmentError(
+            f"{tempfile.gettempdir()} has no room for {size} bytes of predictions "
+            f"({error.strerror}): set TMPDIR to a folder that has."
+        ) from error
 
 
 def _put(arriving: Iterable[Array], places: Array) -> Iterator[Array]:

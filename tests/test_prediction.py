@@ -1,5 +1,7 @@
 """Prediction: mirrorings, one region, the threshold, and the estimate of its own Dice."""
 
+import errno
+import os
 from pathlib import Path
 
 import keras
@@ -81,6 +83,17 @@ def test_more_predictions_than_memory_shall_hold_lie_in_a_file_and_are_used_alik
     filed[...] = lesions
     np.testing.assert_array_equal(filed, lesions)
     np.testing.assert_array_equal(segment.estimate_dice(filed), segment.estimate_dice(lesions))
+
+
+def test_a_disk_without_room_for_the_predictions_is_told_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(segment.SegmentError, match=r"room for 400 bytes .*No space left"):
+        segment._room_for((1, 10, 10, 1), in_memory=100)
 
 
 def test_mirrorings_are_put_back_and_averaged(make_pairs: MakePairs) -> None:
