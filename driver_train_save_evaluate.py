@@ -101,14 +101,9 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def train_save_evaluate(options: argparse.Namespace) -> None:
-    import keras
-
     import segment
 
-    with quiet_startup():
-        keras.utils.set_random_seed(options.seed)
-        if options.deterministic:
-            segment.make_deterministic()
+    seed_everything(options)
     output = Path(options.output)
 
     # 1. Load the file names of the ISIC images and masks
@@ -145,12 +140,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     # 7. Train it, the best epoch so far in the file; then save it with its whole history
     train(options, model, train_generator, val_generator, split)
-    threshold = options.threshold
-    if threshold is None and val_generator is not None:
-        lesions = segment.predict(model, val_generator, **how_to_predict(options))
-        threshold = segment.choose_threshold(val_generator, lesions)
-    segment.save_model(model, options.save, threshold=threshold, optimizer=options.optimizer)
-    print(f"Saved {options.save}")
+    save(options, model, val_generator)
     if test_generator is None:
         print("No image was put aside to test on (--test-split 0): there is nothing to score")
         return
@@ -164,6 +154,17 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
                     threshold=record.threshold, history=record.history, output_dir=output,
                     notes={"model": options.save, "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
+
+
+def seed_everything(options: argparse.Namespace) -> None:
+    import keras
+
+    import segment
+
+    with quiet_startup():
+        keras.utils.set_random_seed(options.seed)
+        if options.deterministic:
+            segment.make_deterministic()
 
 
 def create_generators(options: argparse.Namespace, split: Any, cache: Any) -> list[Any]:
@@ -214,6 +215,18 @@ def train(
             save_path=options.save, split=split, log_path=output / "training.csv",
             resume_path=output / "last.keras", resume=options.resume,
         )
+
+
+def save(options: argparse.Namespace, model: Any, val_generator: Any) -> None:
+    """Saves the model with the threshold that was given, or is best on the validation set."""
+    import segment
+
+    threshold = options.threshold
+    if threshold is None and val_generator is not None:
+        lesions = segment.predict(model, val_generator, **how_to_predict(options))
+        threshold = segment.choose_threshold(val_generator, lesions)
+    segment.save_model(model, options.save, threshold=threshold, optimizer=options.optimizer)
+    print(f"Saved {options.save}")
 
 
 @contextlib.contextmanager
