@@ -1,19 +1,36 @@
-"""Segmentation of skin lesions in the ISIC data set with an improved UNet.
+"""Segmentation of skin lesions in ISIC images with an improved UNet.
 
-The module reads in the order in which the data flows: loading, inspection, split, generators,
-model, Dice, training, saving, results. In short::
+The sections follow the data: files, loading, inspection, split, generators, model, Dice, training,
+prediction, saving, results, drivers. In short::
 
-    image_paths, mask_paths = segment.find_image_pairs("images/sample/input", "images/sample/truth")
-    train, val, test = segment.train_val_test_split(image_paths, mask_paths)
+    images, masks = segment.find_image_pairs("images/sample/input", "images/sample/truth")
+    split = train, val, test = segment.train_val_test_split(images, masks)
     train_generator = segment.create_generator(*train, shuffle=True, augment=True)
     val_generator, test_generator = (segment.create_generator(*part) for part in (val, test))
     model = segment.create_model()
     segment.train_model(model, train_generator, val_generator, epochs=60)
-    segment.save_model(model, "unet.keras", split=(train, val, test))
+    segment.save_model(model, "unet.keras", split=split)
     scores = segment.results(test_generator, segment.predict(model, test_generator))
 
-Image sizes are `(height, width)` in pixels everywhere. Nothing runs on import. The module works on
-Keras' backends TensorFlow (unless `KERAS_BACKEND` says otherwise), JAX and PyTorch.
+Glossary, valid for every function:
+
+- `image_paths`, `mask_paths`: files in the same order, one mask for each image.
+- Image: `uint8 (height, width, 3)`, RGB in 0..255. Mask: `uint8 (height, width, 1)`, 1 for lesion
+  and 0 elsewhere; its file holds 0 and 255, or 0 and 1.
+- Pair: an image and its mask in one array, `uint8 (height, width, 4)`, the mask last.
+- `image_size`: `(height, width)` in pixels of the frame in which the network sees an image. The
+  image keeps its aspect ratio and is centred on black (`letterbox`).
+- `cache`: the `PairCache` in which decoded pairs are found and kept.
+- Probabilities: `float32 (N, height, width, 1)` in 0..1, in the order of the images.
+- Threshold: the probability from which a pixel is lesion, between 0 and 1.
+- Scores: in 0..1, of one image at its original resolution. A Jaccard below 0.65 is a failure.
+- Record: what a model file holds besides the network (`model_record`).
+- `verbose`: 1 for a progress bar, 0 for none.
+
+Input that cannot be used raises a `SegmentError`, whose sentence says what was received, what was
+expected and what to do; a list of files that differs in length from its partner always does.
+
+Nothing runs on import. Keras computes with TensorFlow, or with what `KERAS_BACKEND` says.
 """
 
 from __future__ import annotations
@@ -29,116 +46,128 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL
 from keras import layers, ops
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFilter
+from PIL import ExifTags, Image, ImageFilter, ImageOps
 from scipy import ndimage, sparse, stats
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import shuffle
 
-__all__ = [  # noqa: RUF022, by the alphabet
-    "check_pairs",
-    "checksum",
-    "choose_threshold",
-    "create_generator",
-    "create_model",
-    "data_parallel",
-    "describe_device",
-    "dice_coefficient",
-    "dice_cross_entropy_loss",
-    "dice_loss",
-    "estimate_dice",
-    "find_image_pairs",
-    "find_images",
-    "find_same_lesions",
-    "Finding",
-    "image_id",
-    "image_ids_seen",
-    "IMAGE_SIZE",
-    "ImageGenerator",
-    "inspect",
-    "letterbox",
-    "load_input_image",
-    "load_model",
-    "load_segmented_image",
-    "load_weights",
-    "make_deterministic",
-    "METRICS",
-    "model_record",
-    "ModelRecord",
-    "PairCache",
-    "plot_dice_histogram",
-    "plot_history",
-    "plot_image_sizes",
-    "plot_predictions",
-    "predict",
-    "predict_each",
-    "restore_masks",
-    "results",
-    "save_figure",
-    "save_model",
-    "score_masks",
+__all__ = [  # noqa: RUF022, in the order of the sections
     "SegmentError",
-    "stored_test_split",
-    "summarize",
-    "train_model",
-    "train_val_test_split",
-]
+    "image_id", "find_image_pairs", "find_images", "letterbox", "load_input_image",
+    "load_segmented_image", "PairCache",
+    "inspect", "plot_image_sizes", "check_pairs", "usable_pairs", "checksum",
+    "find_same_lesions", "train_val_test_split", "create_generator", "create_model",
+    "METRICS", "dice_coefficient", "dice_loss", "dice_cross_entropy_loss", "score_masks",
+    "train_model", "predict", "predict_each", "choose_threshold", "estimate_dice",
+    "describe_device", "data_parallel", "make_deterministic",
+    "model_record", "save_model", "load_model", "load_weights", "stored_test_split",
+    "image_ids_seen",
+    "results", "restore_masks", "summarize", "plot_predictions", "plot_dice_histogram",
+    "plot_history", "save_figure", "run_driver",
+]  # fmt: skip
 
-IMAGE_SIZE = (256, 256)  # the network's frame, as in the original
+IMAGE_SIZE = (256, 256)  # as in the original system
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # all that is decoded; MPO belongs to JPEG
+MAX_PIXELS = 2**26  # of an image file; the largest ISIC images have half of that
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # all that is decoded; MPO comes with JPEG
-MAX_PIXELS = 2**26  # of a photograph; ISIC's largest have half of that
-TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-QUARTER_TURNS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
-PRETRAINED = Path(__file__).with_name("pretrained.keras")  # what load_model takes by default
-REPORTED = ("mean", "median", "p10", "min")  # what results prints of each score
-RINGS, ANGLES = 16, 64  # samples of a lesion, to tell whether two images show the same one
-SAME_LESION = 0.63  # of the likeness of two images: found on real ones, see the README
-OUTLINE_DOUBT = 0.005  # the Dice it costs a mask of the whole frame: see tests/experiments.md
-BEST = "val_dice_coefficient"  # what the best epoch is best in
+PRETRAINED = Path(__file__).with_name("pretrained.keras")
+RINGS, ANGLES = 16, 64  # samples of a lesion signature
+SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
+OUTLINE_DOUBT = 0.005  # what the outline of a mask of the whole frame costs, in Dice
+BEST = "val_dice_coefficient"  # selects the best epoch
 
 Size = tuple[int, int]
 StrPath = str | os.PathLike[str]
 Pair = tuple[str, str]
 Pairs = tuple[list[str], list[str]]
 Array = NDArray[Any]
-Tensor = Any  # of whichever backend
+Tensor = Any  # of any backend
+
+
+# ----------------------------------------------------------------------------------------------
+# Errors and whole files
+# ----------------------------------------------------------------------------------------------
 
 
 class SegmentError(ValueError):
-    """Input that cannot be used; says what was received, what was expected and what to do."""
+    """Input that cannot be used."""
 
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise SegmentError(otherwise)
+
+
+def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
+    """Refuses a file that cannot be written before the work starts; creates its folder."""
+    path = Path(path)
+    _require(path.name.endswith(suffix), f"{path} does not end in {suffix}: give a name that does.")
+    _require(not path.is_dir(), f"{path} is a folder: give the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SegmentError(f"{path}: cannot be written ({error.strerror}).") from error
+    writable = os.access(path.parent, os.W_OK)
+    _require(writable, f"{path}: cannot be written (its folder is read-only).")
+
+
+@contextlib.contextmanager
+def _written_whole(path: StrPath) -> Iterator[Path]:
+    """Yields a temporary file that replaces `path` once it is complete."""
+    path = Path(path)
+    name = f".segment-unfinished-{os.getpid()}-{threading.get_ident()}{path.suffix}"
+    temporary = path.with_name(name)
+    _check_file_to_write(path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut may keep the new name without the content
+        temporary.replace(path)
+    except OSError as error:
+        raise SegmentError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary files of killed processes; writing one takes seconds, not an hour."""
+    for path in folder.glob(".segment-unfinished-*"):
+        with contextlib.suppress(OSError):
+            ours = re.fullmatch(r"\.segment-unfinished-\d+-\d+(\.\w+)?", path.name)
+            if ours and path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -147,14 +176,10 @@ def _require(condition: bool, otherwise: str) -> None:
 
 
 def image_id(path: StrPath) -> str:
-    """The id that an image and its mask share.
+    """Returns the id that an image and its mask share.
 
-    Args:
-        path: Path or name of an image or of a mask.
-
-    Returns:
-        The ISIC id, `"ISIC_0012345"`, wherever the name begins with one; else the name without its
-        suffix and without a closing `_segmentation` (in any case).
+    It is the ISIC id, as `"ISIC_0012345"`, if the name begins with one. Otherwise it is the name
+    without its suffix and without `_segmentation` at its end, in any case.
     """
     stem = Path(path).stem
     isic = re.match(r"ISIC_\d+", stem, re.IGNORECASE)
@@ -165,19 +190,15 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
     """Finds the images of a folder and the mask of each.
 
     Takes the ISIC 2016, 2017 and 2018 folders as they are unpacked, and plain folders in which
-    image and mask share a stem. Superpixels, CSVs, licences and hidden files are passed over. One
-    folder may hold both, as in ISIC 2016 part 3B: then names in `_segmentation` are the masks.
-
-    Args:
-        image_dir: Folder of the images (.jpg, .jpeg, .png, .bmp, .tif or .tiff, in any case).
-        mask_dir: Folder of the masks.
+    image and mask share a stem. Superpixels, other files and hidden files are ignored. One folder
+    may hold both, as in ISIC 2016 part 3B: then the masks are the names in `_segmentation`.
 
     Returns:
-        `(image_paths, mask_paths)`, two lists of equal length in the order of the ids.
+        `(image_paths, mask_paths)`, sorted by id.
 
     Raises:
-        SegmentError: If a folder is missing or holds no image, if an id occurs twice, or if an
-            image or a mask stands alone; counts the cases and names the first few.
+        SegmentError: If a folder is missing or holds no image, an id occurs twice, or an image or
+            a mask has no partner. The error counts the cases and names the first ones.
     """
     one_folder = Path(image_dir).resolve() == Path(mask_dir).resolve()
     image_files = [path for path in _list_images(image_dir) if not _is_mask(path)]
@@ -190,38 +211,32 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
         "images without a mask": sorted(images.keys() - masks.keys()),
         "masks without an image": sorted(masks.keys() - images.keys()),
     }
-    if any(problems.values()):
-        found = (f"{len(ids)} {what} ({_shorten(ids)})" for what, ids in problems.items() if ids)
-        raise SegmentError(
-            f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold "
-            f"{' and '.join(found)}: rename or remove these files."
-        )
-    ids = sorted(images)
-    return [images[id_] for id_ in ids], [masks[id_] for id_ in ids]
+    found = [f"{len(ids)} {what} ({_shorten(ids)})" for what, ids in problems.items() if ids]
+    _require(
+        not found,
+        f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold "
+        f"{' and '.join(found)}: rename or remove these files.",
+    )
+    return [images[id_] for id_ in sorted(images)], [masks[id_] for id_ in sorted(images)]
 
 
 def find_images(image_dir: StrPath) -> list[str]:
-    """Finds the images of a folder, to predict them without masks.
+    """Finds the images of a folder, sorted by name, to segment them without masks.
 
-    Args:
-        image_dir: Folder of the images. Superpixels, masks (names in `_segmentation`), other files
-            and hidden ones are passed over.
-
-    Returns:
-        The paths, in the order of the names.
+    Superpixels, masks (names in `_segmentation`), other files and hidden files are ignored.
 
     Raises:
         SegmentError: If the folder is missing or holds no image, or if an id occurs twice.
     """
     paths = [path for path in _list_images(image_dir) if not _is_mask(path)]
     ids = _repeated(paths)
-    _require(bool(paths), f"{image_dir} holds masks alone: give the folder of the images.")
+    _require(bool(paths), f"{image_dir} holds only masks: give the folder of the images.")
     _require(not ids, f"{image_dir} holds several images of one id ({_shorten(ids)}): rename them.")
     return paths
 
 
 def _list_images(folder: StrPath) -> list[str]:
-    _require(Path(folder).is_dir(), f"{folder} is not a folder: give the one that holds the files.")
+    _require(Path(folder).is_dir(), f"{folder} is not a folder: give the folder of the files.")
     paths = [
         str(path)
         for path in sorted(Path(folder).iterdir())
@@ -231,8 +246,8 @@ def _list_images(folder: StrPath) -> list[str]:
         and path.is_file()
     ]
     _require(bool(paths), f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    odd = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
-    _require(not odd, f"{len(odd)} file names are not UTF-8 ({_shorten(odd)}): rename the files.")
+    broken = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
+    _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
     return paths
 
 
@@ -245,14 +260,20 @@ def _repeated(paths: Sequence[str]) -> list[str]:
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:
-    """`"a, b, c"`, or with many names `"a, b, c, d, e and 72 more"`."""
+    """Joins names as `"a, b, c"`, or as `"a, b, c, d, e and 72 more"`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _check_lengths(image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]) -> None:
-    images, masks = len(image_paths), len(mask_paths)
-    _require(images == masks, f"{images} images came with {masks} masks: expected one for each.")
+def _zip_pairs(
+    image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath] | None
+) -> list[tuple[str, str | None]]:
+    """Pairs of paths, whose masks are `None` where there are none."""
+    images = list(map(str, image_paths))
+    masks = [None] * len(images) if mask_paths is None else list(map(str, mask_paths))
+    counts = f"{len(images)} images came with {len(masks)} masks"
+    _require(len(images) == len(masks), f"{counts}: expected one for each.")
+    return list(zip(images, masks, strict=True))
 
 
 def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
@@ -264,18 +285,13 @@ def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
 
 
 def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
-    """Fits a picture into a frame: aspect ratio kept, centred, as large as it can be.
+    """Fits an image of `size` into a frame: aspect ratio kept, centred, as large as possible.
 
-    This is the whole geometry of the project. Loading resizes a picture onto the box and leaves
-    the rest of the frame black; `restore_masks` crops the box and resizes it back onto the picture,
-    so that edges and centres come to lie exactly where they were.
-
-    Args:
-        size: `(height, width)` of the picture.
-        image_size: `(height, width)` of the frame.
+    This is the only geometry of the project: loading resizes an image to the box, and
+    `restore_masks` crops the box and resizes it to the image.
 
     Returns:
-        `(top, left, height, width)` of the picture inside the frame, in pixels.
+        `(top, left, height, width)` of the image inside the frame, in pixels.
     """
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
@@ -283,65 +299,55 @@ def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
 
 
 def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
-    """Loads a photograph into the network's frame.
+    """Loads an image into a frame, or with `None` at its original resolution.
 
-    The EXIF orientation is applied; palette, greyscale, RGBA, CMYK and 16-bit pictures become RGB.
-
-    Args:
-        path: Image file.
-        image_size: `(height, width)` of the frame, `None` for the picture's own size.
-
-    Returns:
-        `uint8 (height, width, 3)` in 0..255, black where the frame is wider or taller.
+    The EXIF orientation is applied. Palette, greyscale, RGBA, CMYK and 16-bit images become RGB.
 
     Raises:
-        SegmentError: If the file cannot be read as an image, or `image_size` is none.
+        SegmentError: If the file cannot be read as an image, or `image_size` is invalid.
     """
-    with _open_image(path) as image:
-        size = _upright_size(image)
-        if image_size is not None:
-            # A JPEG is decoded at the smallest scale that still has about twice the pixels needed.
-            height, width = letterbox(size, _check_image_size(image_size))[2:]
-            box = (width, height) if size == (image.height, image.width) else (height, width)
-            image.draft("RGB", (int(1.9 * box[0]), int(1.9 * box[1])))
-        return np.asarray(_fit(_to_rgb(_put_upright(image), path), size, image_size))
+    return _decode_image(path, [image_size])[0]
 
 
 def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
-    """Loads a mask into the network's frame, by the same geometry as its photograph.
+    """Loads a mask into a frame as its image is, or with `None` at its original resolution.
 
-    A pixel of the frame is lesion where at least half of what it covers is, so that lesions
-    neither grow nor shrink.
-
-    Args:
-        path: Mask file, of 0 and 255 or of 0 and 1.
-        image_size: `(height, width)` of the frame, `None` for the mask's own size.
-
-    Returns:
-        `uint8 (height, width, 1)` in {0, 1}.
+    A pixel is lesion where at least half of the area that it covers is, so lesions neither grow
+    nor shrink.
 
     Raises:
-        SegmentError: If the file cannot be read, or holds other values. A JPEG whose values hug
-            black and white is taken.
+        SegmentError: If the file cannot be read, or holds other values than 0 and 255 or 0 and 1.
+            Those of a JPEG may be close to 0 and 255.
     """
-    return _fit_mask(_open_mask(path), image_size)
+    return _decode_mask(path, [image_size])[0]
 
 
-def _open_mask(path: StrPath) -> Image.Image:
-    """A mask at its own size, upright, of grey levels 0 and 255."""
+def _decode_image(path: StrPath, image_sizes: Sequence[Size | None]) -> list[Array]:
+    """Decodes an image once and fits it into each frame."""
+    with _open_image(path) as image:
+        size = _upright_size(image)
+        frames = [_check_image_size(frame) for frame in image_sizes if frame is not None]
+        if None not in image_sizes:
+            # A JPEG is decoded at the smallest scale that has about twice the pixels needed.
+            box = np.max([letterbox(size, frame)[2:] for frame in frames], axis=0)
+            height, width = box if size == (image.height, image.width) else box[::-1]
+            image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
+        picture = _to_rgb(_upright(image), path)
+        return [np.asarray(_fit(picture, size, frame)) for frame in image_sizes]
+
+
+def _decode_mask(path: StrPath, image_sizes: Sequence[Size | None]) -> list[Array]:
+    """Decodes a mask once and fits it into each frame."""
     with _open_image(path) as image:
         lossy = image.format in ("JPEG", "MPO")
-        return _to_black_and_white(_put_upright(image), lossy, path)
-
-
-def _fit_mask(mask: Image.Image, image_size: Size | None) -> NDArray[np.uint8]:
-    fitted = np.asarray(_fit(mask, (mask.height, mask.width), image_size))
-    return (fitted >= 128).astype(np.uint8)[..., None]
+        mask = _to_black_and_white(_upright(image), lossy, path)
+    fitted = (np.asarray(_fit(mask, (mask.height, mask.width), frame)) for frame in image_sizes)
+    return [(levels >= 128).astype(np.uint8)[..., None] for levels in fitted]
 
 
 @contextlib.contextmanager
 def _open_image(path: StrPath) -> Iterator[Image.Image]:
-    """An opened picture; what Pillow raises on a bad file becomes one sentence with its name."""
+    """Opens an image; turns Pillow's errors into one sentence with the name of the file."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
@@ -355,169 +361,36 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise SegmentError(f"{path}: there is no such file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
         raise SegmentError(
-            f"{path}: cannot be read as an image ({error}); replace the file or leave it out."
+            f"{path}: cannot be read as an image ({error}): replace the file or leave it out."
         ) from error
 
 
 def _upright_size(image: Image.Image) -> Size:
-    """`(height, width)` after the EXIF orientation, from the header alone."""
-    quarter = _turn(image) in QUARTER_TURNS
-    return (image.width, image.height) if quarter else (image.height, image.width)
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What puts a picture upright. Pillow's own `exif_transpose` decodes a PNG to find out."""
-    if image.format == "TIFF":  # which Pillow turns itself
-        return None
+    """`(height, width)` after the EXIF orientation, from the header."""
+    # The base class reads the header alone, where that of a PNG decodes the image. Pillow applies
+    # the orientation of a TIFF itself.
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    return TURNS.get(orientation)
+    turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _put_upright(image: Image.Image) -> Image.Image:
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # a TIFF is upright only now
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
-    if image.mode[0] in "IF":  # grey levels of more than 8 bits, which Pillow would clip
-        levels = np.asarray(image)
-        lowest, highest = levels.min(), levels.max()
-        if image.mode == "F" or lowest < 0 or highest > 65535:
-            raise SegmentError(
-                f"{path}: its grey levels are {levels.dtype} from {lowest:g} to {highest:g}: "
-                "expected 8 or 16 bits without a sign; convert it."
-            )
-        image = Image.fromarray((levels >> 8 if highest > 255 else levels).astype(np.uint8))
-    if image.mode == "P":  # may be translucent, which Pillow converts cleanly only by way of RGBA
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+def _size_of(path: StrPath) -> Size:
+    with _open_image(path) as image:
+        return _upright_size(image)
 
 
-def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
-    """A mask as grey levels 0 and 255, or an error that names the values that it holds."""
-    if image.mode == "L" and not lossy and (np.asarray(image) + np.uint8(1) <= 1).all():
-        return image  # as nearly all are: 255 + 1 is 0
-    grey, levels, counts = _count_levels(image)
-    if image.mode == "P" and not np.isin(levels, (0, 255)).all():  # labels in colours
-        grey, levels, counts = _count_levels(Image.fromarray(np.asarray(image)))
-    white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
-    # A lossy mask blurs, but keeps its black, its white and next to nothing in between.
-    hugging = lossy and levels[0] < 24 and levels[-1] >= 232
-    hugging = hugging and counts[(levels >= 24) & (levels < 232)].sum() < 0.01 * counts.sum()
-    if not (hugging or np.isin(levels, (0, white)).all()):
-        raise SegmentError(
-            f"{path}: expected a mask of 0 and 255 (or 0 and 1) alone, but it has {len(levels)} "
-            f"values ({_shorten([f'{level:g}' for level in levels])}): threshold it, if it is one."
-        )
-    if grey.mode == "L":
-        return grey.point([255 * (level >= white / 2) for level in range(256)])
-    return Image.fromarray((np.asarray(grey) >= white / 2).astype(np.uint8) * 255)
-
-
-def _count_levels(image: Image.Image) -> tuple[Image.Image, Array, Array]:
-    """A picture in grey, the levels that occur in it, and how often each does."""
-    if image.mode[0] in "IF":  # more than 8 bits
-        return image, *np.unique(np.asarray(image), return_counts=True)
-    grey = image.convert("L")
-    counts = np.array(grey.histogram())  # which takes no sorting of the pixels
-    return grey, np.flatnonzero(counts), counts[counts > 0]
-
-
-def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image:
-    """Resizes a picture whose full size is `size` onto its box in a black frame."""
-    if image_size is None:
-        return image
-    top, left, height, width = letterbox(size, _check_image_size(image_size))
-    frame = Image.new(image.mode, (image_size[1], image_size[0]))
-    # Pillow's bilinear filter averages over all that a smaller pixel covers: no aliasing. Whole
-    # blocks of pixels are averaged first, down to twice the size, which is faster.
-    filter_ = Image.Resampling.BILINEAR
-    frame.paste(image.resize((width, height), filter_, reducing_gap=2), (left, top))
-    return frame
-
-
-class PairCache:
-    """Decodes each pair once: kept in memory up to a budget, beyond it in files of a folder.
-
-    An entry belongs to the paths, lengths and times of change of both files and to the frame, so
-    that a file that changed is decoded again. A file of an entry is written beside and renamed:
-    several processes may share the folder, and one that is killed leaves none that is half
-    there. Files are read, not mapped, so that a training's memory stays flat. To empty the cache,
-    remove the folder.
-
-    Args:
-        max_bytes: How much to keep in memory; a pair takes 4 bytes a pixel of the frame.
-        folder: Where to keep the rest; `None` decodes it each time, and so does a disk that is
-            full, after a warning.
-
-    Raises:
-        SegmentError: If the folder cannot be written to.
-    """
-
-    def __init__(self, max_bytes: int = 2**31, folder: StrPath | None = None) -> None:
-        self.bytes_left = max_bytes
-        self.folder = None if folder is None else Path(folder)
-        self._kept: dict[str, Decoded] = {}
-        self._lock = threading.Lock()  # of the two above, which several threads change
-        if self.folder is not None:
-            _check_file_to_write(self.folder / "entry.npy")
-            _remove_leftovers(self.folder)
-
-    def load(self, image_path: str, mask_path: str | None, image_size: Size) -> Decoded:
-        """A decoded pair; without a mask, an empty one.
-
-        Raises:
-            SegmentError: If a file cannot be used, or image and mask differ in size.
-        """
-        key = _entry_name(image_path, mask_path, image_size)
-        if key in self._kept:
-            return self._kept[key]
-        file = self.folder and self.folder / f"{key}.npy"
-        decoded = _read_entry(file) if file else None
-        if decoded is None:
-            decoded = _decode(image_path, mask_path, image_size)
-            if file:
-                self._write(decoded, file)
-        with self._lock:
-            if key not in self._kept and decoded.nbytes <= self.bytes_left:
-                self.bytes_left -= decoded.nbytes
-                self._kept[key] = decoded
-        return decoded
-
-    def _write(self, decoded: Decoded, file: Path) -> None:
-        try:
-            _write_entry(decoded, file)
-        except SegmentError as error:
-            self.folder = None  # and no more warnings
-            warnings.warn(f"Pairs are decoded each time from now on: {error}", stacklevel=2)
-
-
-class Decoded(NamedTuple):
-    """`uint8 (H, W, 3)`, `uint8 (H, W, 1)` in {0, 1}, and what is odd about the two files."""
-
-    image: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
-    oddities: list[str]
-
-    @property
-    def nbytes(self) -> int:
-        """Of both arrays."""
-        return self.image.nbytes + self.mask.nbytes
-
-
-def _decode(image_path: str, mask_path: str | None, image_size: Size) -> Decoded:
-    image = load_input_image(image_path, image_size)
-    oddities = _file_oddities(image_path, ("RGB",))
-    if mask_path is None:
-        return Decoded(image, np.zeros((*image_size, 1), np.uint8), oddities)
-    _check_same_size(image_path, mask_path)
-    mask = _open_mask(mask_path)
-    return Decoded(image, _fit_mask(mask, image_size), oddities + _mask_oddities(mask, mask_path))
-
-
-def _check_same_size(image_path: str, mask_path: str) -> None:
+def _check_same_size(image_path: StrPath, mask_path: StrPath) -> None:
     size, mask_size = _size_of(image_path), _size_of(mask_path)
     _require(
         size == mask_size,
@@ -526,76 +399,168 @@ def _check_same_size(image_path: str, mask_path: str) -> None:
     )
 
 
+def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
+    if image.mode[0] in "IF":  # grey levels of more than 8 bits, which Pillow would clip
+        levels = np.asarray(image)
+        low, high = levels.min(), levels.max()
+        _require(
+            image.mode != "F" and low >= 0 and high <= 65535,
+            f"{path}: its grey levels are {levels.dtype} from {low:g} to {high:g}: expected 8 or "
+            "16 bits without a sign; convert it.",
+        )
+        image = Image.fromarray((levels >> 8 if high > 255 else levels).astype(np.uint8))
+    if image.mode == "P":  # Pillow converts a translucent palette correctly only through RGBA
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
+    """Returns a mask with the grey levels 0 and 255, or names the values that it holds."""
+    if image.mode == "L" and not lossy and (np.asarray(image) + np.uint8(1) <= 1).all():
+        return image  # as nearly all masks are: 255 + 1 is 0
+    grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
+    levels, counts = np.unique(grey, return_counts=True)
+    if image.mode == "P" and not np.isin(levels, (0, 255)).all():  # labels in colours
+        grey = np.asarray(image)
+        levels, counts = np.unique(grey, return_counts=True)
+    white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
+    # A lossy mask has black, white and hardly anything in between.
+    nearly = lossy and levels[0] < 24 and levels[-1] >= 232
+    nearly = nearly and counts[(levels >= 24) & (levels < 232)].sum() < 0.01 * counts.sum()
+    _require(
+        bool(nearly or np.isin(levels, (0, white)).all()),
+        f"{path}: expected a mask of 0 and 255 (or 0 and 1), but it has {len(levels)} values "
+        f"({_shorten([f'{level:g}' for level in levels])}): threshold it, if it is one.",
+    )
+    return Image.fromarray((grey >= white / 2).astype(np.uint8) * 255)
+
+
+def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image:
+    """Resizes an image whose original size is `size` to its letterbox in a black frame."""
+    if image_size is None:
+        return image
+    top, left, height, width = letterbox(size, _check_image_size(image_size))
+    frame = Image.new(image.mode, (image_size[1], image_size[0]))
+    # Pillow's bilinear filter covers all source pixels, so it does not alias. Averaging whole
+    # blocks down to twice the size first is faster.
+    filter_ = Image.Resampling.BILINEAR
+    frame.paste(image.resize((width, height), filter_, reducing_gap=2), (left, top))
+    return frame
+
+
+class PairCache:
+    """Decodes each pair once and keeps it, in memory up to a budget and in a folder if asked.
+
+    An entry belongs to the paths, lengths and modification times of both files and to the frame: a
+    file that changed is decoded again. Several processes may share the folder; to empty it, remove
+    it. Pairs that are not kept are decoded each time.
+
+    Args:
+        max_bytes: Budget of memory in bytes; a pair takes 4 bytes per pixel of the frame.
+        folder: Folder for plain `.npy` files, used until a disk is full.
+
+    Raises:
+        SegmentError: If the folder cannot be written.
+    """
+
+    def __init__(self, max_bytes: int = 2**31, folder: StrPath | None = None) -> None:
+        self.bytes_left = max_bytes
+        self.folder = None if folder is None else Path(folder)
+        self._kept: dict[str, Array] = {}
+        self._lock = threading.Lock()  # of all three, which several threads change
+        if self.folder is not None:
+            _check_file_to_write(self.folder / "pair.npy")
+            _remove_leftovers(self.folder)
+
+    def load(self, image_path: str, mask_path: str | None, *image_sizes: Size) -> Array:
+        """Returns a pair in the first frame; without a mask file its mask is empty.
+
+        If the files have to be decoded, the pair is kept in every frame.
+
+        Raises:
+            SegmentError: If a file cannot be used, or image and mask differ in size.
+        """
+        names = [_entry_name(image_path, mask_path, frame) for frame in image_sizes]
+        found = self._find(names[0], image_sizes[0])
+        if found is not None:
+            return found
+        pairs = _decode_image(image_path, image_sizes)
+        masks = [np.zeros_like(pair[..., :1]) for pair in pairs]
+        if mask_path is not None:
+            _check_same_size(image_path, mask_path)
+            masks = _decode_mask(mask_path, image_sizes)
+        pairs = [np.concatenate(pair, axis=2) for pair in zip(pairs, masks, strict=True)]
+        for name, pair in zip(names, pairs, strict=True):
+            self._write(name, pair)
+            self._keep(name, pair)
+        return pairs[0]
+
+    def _find(self, name: str, image_size: Size) -> Array | None:
+        if name in self._kept or self.folder is None:
+            return self._kept.get(name)
+        try:
+            pair = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError):  # absent or damaged
+            return None
+        if pair.shape != (*image_size, 4) or pair.dtype != np.uint8:
+            return None
+        self._keep(name, pair)
+        return np.asarray(pair)
+
+    def _keep(self, name: str, pair: Array) -> None:
+        with self._lock:
+            if name not in self._kept and pair.nbytes <= self.bytes_left:
+                self.bytes_left -= pair.nbytes
+                self._kept[name] = pair
+
+    def _write(self, name: str, pair: Array) -> None:
+        folder = self.folder
+        if folder is None:
+            return
+        try:
+            with _written_whole(folder / f"{name}.npy") as temporary:
+                np.save(temporary, pair)
+        except SegmentError as error:
+            with self._lock:
+                first, self.folder = self.folder is not None, None
+            if first:
+                warnings.warn(f"Pairs are no longer kept in a folder: {error}", stacklevel=3)
+
+
 def _entry_name(image_path: str, mask_path: str | None, image_size: Size) -> str:
     identity: list[Any] = [image_size]
     for path in filter(None, (image_path, mask_path)):
         identity.append(os.path.abspath(path))
-        with contextlib.suppress(OSError):  # which decoding tells in a sentence
+        with contextlib.suppress(OSError):  # reported by decoding
             status = os.stat(path)
             identity += [status.st_size, status.st_mtime_ns]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _read_entry(file: Path) -> Decoded | None:
-    try:
-        stored = file.read_bytes()
-    except OSError:
-        return None
-    digest, content = stored[:32], stored[32:]
-    if hashlib.sha256(content).digest() != digest:
-        return None  # damaged: decoded again
-    stream = io.BytesIO(content)
-    image, mask = (np.load(stream, allow_pickle=False) for _ in range(2))
-    return Decoded(image, mask, json.load(stream))
-
-
-def _write_entry(decoded: Decoded, file: Path) -> None:
-    # Two arrays and a list behind their checksum: read faster than from an .npz archive.
-    stream = io.BytesIO()
-    np.save(stream, decoded.image)
-    np.save(stream, decoded.mask)
-    stream.write(json.dumps(decoded.oddities).encode())
-    content = stream.getvalue()
-    with _written_whole(file) as temporary:
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-
-
 # ----------------------------------------------------------------------------------------------
-# 2. Inspection: sizes, and what is wrong with the files
+# 2. Inspection: image sizes, unusable and unusual files
 # ----------------------------------------------------------------------------------------------
 
 
-def inspect(image_paths: Iterable[StrPath]) -> dict[Size, int]:
-    """Counts the sizes that occur, from the files' headers alone.
+def inspect(image_paths: Iterable[StrPath], *, skip_bad: bool = False) -> dict[Size, int]:
+    """Counts the image sizes, from the headers of the files.
 
     Args:
         image_paths: Image files.
+        skip_bad: Whether to ignore a file that cannot be read rather than to raise an error.
 
     Returns:
-        `{(height, width): count}` in pixels, the most frequent first.
-
-    Raises:
-        SegmentError: If a file cannot be read as an image.
+        `{(height, width): count}` in pixels, the most frequent size first.
     """
-    counts = Counter(map(_size_of, image_paths))
+    counts: Counter[Size] = Counter()
+    for path in image_paths:
+        with contextlib.suppress(*[SegmentError] * skip_bad):
+            counts[_size_of(path)] += 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _size_of(path: StrPath) -> Size:
-    with _open_image(path) as image:
-        return _upright_size(image)
-
-
 def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
-    """Draws the occurrence of each image size as bars.
-
-    Args:
-        sizes: What `inspect` returned.
-        most: How many sizes get a bar of their own; the others share the last one.
-
-    Returns:
-        The figure.
-    """
+    """Plots what `inspect` returned; the sizes beyond the `most` frequent share a bar."""
     shown = list(sizes.items())[:most]
     names = [f"{height} × {width}" for (height, width), _ in shown]
     counts = [count for _, count in shown]
@@ -613,7 +578,7 @@ def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
 
 
 class Finding(NamedTuple):
-    """What `check_pairs` found; an error spoils the pair, a warning is worth a look."""
+    """A finding of `check_pairs`: an `"error"` makes the pair unusable, a `"warning"` does not."""
 
     severity: str
     path: str
@@ -624,137 +589,90 @@ def check_pairs(
     image_paths: Sequence[StrPath],
     mask_paths: Sequence[StrPath] | None = None,
     *,
-    image_size: Size = (64, 64),
+    image_sizes: Sequence[Size] = (IMAGE_SIZE,),
     cache: PairCache | None = None,
     verbose: int = 0,
 ) -> list[Finding]:
-    """Looks at every file before a training that would stumble over it an hour later.
+    """Checks every file before a training that would fail on it an hour later.
 
-    Errors are files that cannot be read (cut short, empty, too large to be a photograph), masks
-    with other values than two, and masks of another size than their image. Warnings are files of
-    another type than their name says or of an odd mode (CMYK, 16 bits), files that occur twice,
-    and masks that are empty, full, seemingly inverted, of several regions or with holes.
+    Errors are files that cannot be read, masks with other than two values, and masks of another
+    size than their image. Warnings are files whose format is not that of their suffix or whose
+    mode is unusual, duplicates, and masks that are empty, full, probably inverted, of several
+    regions or with holes, as seen in the first frame.
 
     Args:
         image_paths: Image files.
-        mask_paths: Their masks, in the same order; `None` to check images alone.
-        image_size: Frame in which good pairs are decoded.
-        cache: Receives them. At the `decoded_size` of the generator that will ask for them, the
-            first epoch has nothing left to decode; with a folder, nor has the next check.
+        mask_paths: Mask files; `None` to check images without masks.
+        image_sizes: Frames in which the pairs are decoded and kept.
+        cache: Keeps the decoded pairs.
         verbose: 1 for a progress bar.
 
     Returns:
-        The findings, errors first: `severity` (`"error"` or `"warning"`), `path` of the image and
-        `what`, a sentence that names the file at fault.
-
-    Raises:
-        SegmentError: If the lists differ in length, or `image_size` is none.
+        The findings, errors first: `severity`, `path` of the image and `what`, a sentence that
+        names the file. Of a pair with errors, the first one is returned.
     """
-    _check_lengths(image_paths, image_paths if mask_paths is None else mask_paths)
-    images = [str(path) for path in image_paths]
-    masks = [None] * len(images) if mask_paths is None else [str(path) for path in mask_paths]
-    size, cache = _check_image_size(image_size), cache or PairCache(0)
-    progress = keras.utils.Progbar(len(images), verbose=verbose, unit_name="pair checked")
+    pairs = _zip_pairs(image_paths, mask_paths)
+    sizes, cache = [_check_image_size(size) for size in image_sizes], cache or PairCache(0)
+    progress = keras.utils.Progbar(len(pairs), verbose=verbose, unit_name="pair checked")
     findings = []
     with ThreadPoolExecutor() as pool:
-        for found in pool.map(functools.partial(_check_pair, size, cache), images, masks):
+        for found in pool.map(functools.partial(_check_pair, sizes, cache), pairs):
             findings += found
             progress.add(1)
-    findings += _find_duplicates([(image, image) for image in images], "image")
-    pairs = zip(masks, images, strict=True)
-    findings += _find_duplicates([(mask, image) for mask, image in pairs if mask], "mask")
+    findings += _find_duplicates([(image, image) for image, _ in pairs], "image")
+    findings += _find_duplicates([(mask, image) for image, mask in pairs if mask], "mask")
     return sorted(findings, key=lambda finding: finding.severity)
 
 
 def _check_pair(
-    image_size: Size, cache: PairCache, image_path: str, mask_path: str | None
+    image_sizes: Sequence[Size], cache: PairCache, pair: tuple[str, str | None]
 ) -> list[Finding]:
+    image_path, mask_path = pair
     try:
-        oddities = cache.load(image_path, mask_path, image_size).oddities
-        return [Finding("warning", image_path, what) for what in oddities]
-    except SegmentError:  # the first of several faults, perhaps
-        pass
-    looks = [functools.partial(_look_at_image, image_path)]
-    if mask_path is not None:
-        looks.append(functools.partial(_look_at_mask, mask_path))
-        looks.append(functools.partial(_look_at_sizes, image_path, mask_path))
-    findings = []
-    for look in looks:
-        try:
-            findings += [Finding("warning", image_path, what) for what in look()]
-        except SegmentError as error:
-            findings.append(Finding("error", image_path, str(error)))
-    return list(dict.fromkeys(findings))  # of a file without a header two looks say the same
+        decoded = cache.load(image_path, mask_path, *image_sizes)
+        unusual = _unusual_file(image_path, ("RGB",))
+        if mask_path is not None:
+            unusual += _unusual_file(mask_path, ("L", "1", "P"))
+            unusual += _unusual_mask(_crop(decoded[..., 3], _size_of(image_path)), mask_path)
+    except SegmentError as error:
+        return [Finding("error", image_path, str(error))]
+    return [Finding("warning", image_path, what) for what in unusual]
 
 
-def _look_at_image(path: str) -> list[str]:
-    load_input_image(path)
-    return _file_oddities(path, ("RGB",))
-
-
-def _look_at_mask(path: str) -> list[str]:
-    return _mask_oddities(_open_mask(path), path)
-
-
-def _look_at_sizes(image_path: str, mask_path: str) -> list[str]:
-    _check_same_size(image_path, mask_path)
-    return []
-
-
-def _file_oddities(path: str, modes: Sequence[str]) -> list[str]:
-    """Another type than the name says, another mode than the usual ones."""
+def _unusual_file(path: str, modes: Sequence[str]) -> list[str]:
     expected = Image.registered_extensions().get(Path(path).suffix.lower())
     with _open_image(path) as image:
         known = expected is None or image.format in (expected, "MPO")  # a JPEG with a preview
         found = {
-            f"the file is a {image.format}, whatever its name says": not known,
+            f"the suffix says {expected}, but the file is a {image.format}": not known,
             f"the mode is {image.mode}, where {modes[0]} is usual": image.mode not in modes,
         }
-    return [f"{path}: {what}." for what, odd in found.items() if odd]
+    return [f"{path}: {what}." for what, unusual in found.items() if unusual]
 
 
-def _mask_oddities(mask: Image.Image, path: str) -> list[str]:
-    """What an expert's outline would not look like, in a quarter of a million blocks or fewer."""
-    levels = mask.getextrema()
-    # A block is 255 where all of its pixels are lesion, and more than 0 where any is.
-    blocks = np.asarray(mask.reduce(1 + max(mask.size) // 512))
-    rim = np.concatenate([blocks[0], blocks[-1], blocks[:, 0], blocks[:, -1]])
-    regions = ndimage.label(blocks, np.ones((3, 3)))[1]
-    whole = blocks == 255
-    holes = ndimage.label(ndimage.binary_fill_holes(whole) & ~whole)[1]
-    inverted = levels == (0, 255) and (rim >= 128).mean() > 0.9
+def _unusual_mask(mask: Array, path: str) -> list[str]:
+    """What an expert would not draw, `mask` being `(height, width)` in {0, 1}."""
+    rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    regions = ndimage.label(mask, np.ones((3, 3)))[1]
+    holes = ndimage.label(_fill_holes(mask > 0) & (mask == 0))[1]
     found = {
-        "is empty": levels == (0, 0),
-        "is full": levels == (255, 255),
-        "seems to be inverted, since its rim is lesion": inverted,
+        f"is empty at {mask.shape[0]} × {mask.shape[1]} pixels": not mask.any(),
+        "is full": bool(mask.all()),
+        "is probably inverted, since its rim is lesion": not mask.all() and rim.mean() > 0.9,
         f"has {regions} regions": regions > 1,
         f"has holes ({holes})": holes > 0,
     }
-    oddities = [f"{path}: the mask {what}." for what, odd in found.items() if odd]
-    return _file_oddities(path, ("L", "1", "P")) + oddities
+    return [f"{path}: the mask {what}." for what, unusual in found.items() if unusual]
 
 
-def checksum(paths: Sequence[StrPath]) -> str:
-    """SHA-256 of the names and contents of files, in their order."""
-    with ThreadPoolExecutor() as pool:
-        contents = pool.map(_digest, paths)
-        parts = (
-            Path(path).name.encode() + content
-            for path, content in zip(paths, contents, strict=True)
-        )
-        return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _digest(path: StrPath) -> bytes:
-    """SHA-256 of a file's content, nothing of one that cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).digest()
-    except OSError:
-        return b""
+def _fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Fills what the background outside does not reach; `scipy`'s function takes much longer."""
+    background = ndimage.label(~np.pad(mask, 1))[0]
+    return np.asarray(background != background[0, 0])[1:-1, 1:-1]
 
 
 def _find_duplicates(files: Sequence[tuple[str, str]], kind: str) -> list[Finding]:
-    """Of `(path, image)` the paths with the same bytes; only those of one length are read."""
+    """Finds equal files among `(path, image)`; only files of equal length are read."""
     lengths = [os.path.getsize(path) if os.path.isfile(path) else 0 for path, _ in files]
     common = Counter(lengths)
     first: dict[bytes, str] = {}
@@ -762,56 +680,107 @@ def _find_duplicates(files: Sequence[tuple[str, str]], kind: str) -> list[Findin
     for (path, image), length in zip(files, lengths, strict=True):
         digest = _digest(path) if length and common[length] > 1 else b""
         if digest and first.setdefault(digest, path) != path:
-            what = f"{path}: the same {kind} as {first[digest]}."
+            what = f"{path}: a duplicate of the {kind} {first[digest]}."
             findings.append(Finding("warning", image, what))
     return findings
 
 
+def _digest(path: StrPath) -> bytes:
+    """SHA-256 of the content, empty for a file that cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError:
+        return b""
+
+
+def checksum(paths: Sequence[StrPath]) -> str:
+    """Returns the SHA-256 of the names and contents of files, in their order."""
+    content = (Path(path).name.encode() + _digest(path) for path in paths)
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def usable_pairs(
+    image_paths: Sequence[StrPath],
+    mask_paths: Sequence[StrPath] | None = None,
+    *,
+    skip_bad: bool = False,
+    **options: Any,
+) -> tuple[list[str], list[str], list[str]]:
+    """Checks every file, warns of what is unusual, and keeps the pairs that can be used.
+
+    Args:
+        image_paths: Image files.
+        mask_paths: Mask files; `None` or empty to check images without masks.
+        skip_bad: Whether to leave unusable pairs out rather than to raise an error.
+        **options: Options of `check_pairs`.
+
+    Returns:
+        `(image_paths, mask_paths, left_out)`; no masks if there were none.
+
+    Raises:
+        SegmentError: If no pair can be used, or if one cannot and `skip_bad` is `False`. The error
+            lists all of them.
+    """
+    findings = check_pairs(image_paths, mask_paths or None, **options)
+    bad = {finding.path: finding.what for finding in findings if finding.severity == "error"}
+    listed = "".join(f"\n  {what}" for what in bad.values())
+    none = len(bad) == len(image_paths)
+    _require(not none, f"None of the images can be used: fix the files.{listed}")
+    _require(
+        not bad or skip_bad,
+        f"{len(bad)} of {len(image_paths)} images cannot be used: fix the files, or leave them out "
+        f"with --skip-bad (skip_bad=True).{listed}",
+    )
+    for finding in findings:
+        left_out = "left out: " if finding.severity == "error" else ""
+        warnings.warn(left_out + finding.what, stacklevel=2)
+    pairs = _zip_pairs(image_paths, mask_paths or None)
+    good = [(image, mask) for image, mask in pairs if image not in bad]
+    return [image for image, _ in good], [mask for _, mask in good if mask], list(bad)
+
+
 # ----------------------------------------------------------------------------------------------
-# 3. Split: at random, the images of one lesion on one side
+# 3. Split: at random, the images of one lesion together
 # ----------------------------------------------------------------------------------------------
 
 
 def find_same_lesions(
-    image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]
+    image_paths: Sequence[StrPath],
+    mask_paths: Sequence[StrPath],
+    *,
+    image_size: Size = IMAGE_SIZE,
+    cache: PairCache | None = None,
 ) -> list[list[str]]:
-    """Finds the images that show one lesion, which a split must not tear apart.
+    """Finds the images that show the same lesion, which a split must keep together.
 
-    They may differ in light, colour, zoom and crop, be turned or mirrored. Each lesion is sampled
-    on circles around its centre, as wide as it is itself. A turn shifts the samples along the
-    circles and mirroring reverses them, and neither changes the magnitudes of their Fourier
-    coefficients: nearest neighbours by those are then correlated in every turn, mirrored or not.
-
-    Args:
-        image_paths: Image files.
-        mask_paths: Their masks, in the same order.
+    They may differ in light, colour, zoom and crop, and be rotated or mirrored. A lesion is sampled
+    on circles around its centre. Rotation shifts the samples along the circles and mirroring
+    reverses them; neither changes the magnitudes of their Fourier coefficients. Nearest neighbours
+    by magnitude are compared by the highest correlation over all rotations.
 
     Returns:
-        The images of each lesion that occurs more than once. Images that are like more than four
-        others show a plain shape rather than one lesion, and one that cannot be read is like none.
-
-    Raises:
-        SegmentError: If the lists differ in length.
+        The images of each lesion that occurs more than once. An image similar to more than four
+        others has a common shape and belongs to no group, nor does one that cannot be read.
     """
-    _check_lengths(image_paths, mask_paths)
-    pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
-    groups = _group([image for image, _ in pairs], _number_lesions(pairs))
-    return [images for images in groups if len(images) > 1]
+    pairs = _zip_pairs(image_paths, mask_paths)
+    lesions = _group(pairs, _number_lesions(pairs, image_size, cache or PairCache(0)))
+    return [[image for image, _ in lesion] for lesion in lesions if len(lesion) > 1]
 
 
-def _number_lesions(pairs: Sequence[Pair]) -> Sequence[int]:
-    """A number for each pair, the same for all that show one lesion."""
+def _number_lesions(pairs: Sequence[Any], image_size: Size, cache: PairCache) -> Sequence[int]:
+    """Numbers the lesions: pairs that show the same one get the same number."""
     if len(pairs) < 2:
         return range(len(pairs))
     with ThreadPoolExecutor() as pool:
-        prints = np.stack(list(pool.map(_lesion_print, pairs)))
-    magnitudes = np.abs(prints).reshape(len(pairs), -1)
+        sign = functools.partial(_lesion_signature, image_size, cache)
+        signatures = np.stack(list(pool.map(sign, pairs)))
+    magnitudes = np.abs(signatures).reshape(len(pairs), -1)
     search = NearestNeighbors(n_neighbors=min(8, len(pairs) - 1), algorithm="brute")
     neighbors = search.fit(magnitudes).kneighbors(return_distance=False)  # (pairs, 8)
-    alike = np.stack([_likeness(prints, prints[column]) for column in neighbors.T], 1)
-    alike = alike >= SAME_LESION
-    crowded = alike.sum(1) > 4
-    pair, column = np.nonzero(alike & ~crowded[:, None] & ~crowded[neighbors])
+    similar = np.stack([_similarity(signatures, signatures[column]) for column in neighbors.T], 1)
+    similar = similar >= SAME_LESION
+    crowded = similar.sum(1) > 4
+    pair, column = np.nonzero(similar & ~crowded[:, None] & ~crowded[neighbors])
     links = sparse.coo_array(
         (np.ones(len(pair)), (pair, neighbors[pair, column])), (len(pairs), len(pairs))
     )
@@ -819,15 +788,16 @@ def _number_lesions(pairs: Sequence[Pair]) -> Sequence[int]:
     return numbers
 
 
-def _lesion_print(pair: Pair) -> NDArray[np.complex64]:
+def _lesion_signature(image_size: Size, cache: PairCache, pair: Pair) -> NDArray[np.complex64]:
     """Fourier coefficients of a lesion on circles around its centre, `(RINGS, ANGLES / 2 + 1)`.
 
-    A band-pass takes light and colour away, the weights the plain ellipse that most lesions are.
+    A band-pass removes light and colour; the weights remove the ellipse that most lesions are.
     """
     try:
-        image, mask = load_input_image(pair[0]), load_segmented_image(pair[1])[..., 0]
+        decoded = cache.load(*pair, image_size)
     except SegmentError:
         return np.zeros((RINGS, ANGLES // 2 + 1), np.complex64)
+    image, mask = decoded[..., :3], decoded[..., 3]
     rows, columns = np.nonzero(mask if mask.any() else np.ones_like(mask))
     y, x, reach = rows.mean(), columns.mean(), 1.4 * math.sqrt(len(rows) / math.pi)
     box = tuple(round(side) for side in (x - reach, y - reach, x + reach, y + reach))
@@ -848,18 +818,19 @@ def _lesion_print(pair: Pair) -> NDArray[np.complex64]:
     return (spectrum / (np.linalg.norm(spectrum) + 1e-6)).astype(np.complex64)
 
 
-def _likeness(prints: Array, others: Array) -> Array:
-    """The highest correlation over all turns, mirrored or not: 1 for the same picture."""
-    turns = (np.fft.irfft((a * others.conj()).sum(1), ANGLES) for a in (prints, prints.conj()))
+def _similarity(signatures: Array, others: Array) -> Array:
+    """The highest correlation over all rotations, mirrored or not: 1 for equal images."""
+    pair = signatures, signatures.conj()
+    turns = (np.fft.irfft((s * others.conj()).sum(1), ANGLES) for s in pair)
     best: Array = ANGLES / 2 * np.maximum(*(turn.max(1) for turn in turns))
     return best
 
 
-def _group(items: Sequence[Any], numbers: Sequence[int]) -> list[list[Any]]:
-    """The items of each number, in the order of their first ones."""
+def _group(pairs: Sequence[Any], numbers: Sequence[int]) -> list[list[Any]]:
+    """Groups pairs by their numbers, in the order of the first of each."""
     groups: dict[int, list[Any]] = {}
-    for item, number in zip(items, numbers, strict=True):
-        groups.setdefault(number, []).append(item)
+    for pair, number in zip(pairs, numbers, strict=True):
+        groups.setdefault(number, []).append(pair)
     return list(groups.values())
 
 
@@ -871,60 +842,57 @@ def train_val_test_split(
     test_split: float = 0.03,
     seed: int = 0,
     group: bool = True,
+    image_size: Size = IMAGE_SIZE,
+    cache: PairCache | None = None,
 ) -> tuple[Pairs, Pairs, Pairs]:
     """Splits pairs at random into a training, a validation and a test set.
 
     Args:
         image_paths: Image files.
-        mask_paths: Their masks, in the same order.
-        val_split: Share of what is left after the test set that validates, in [0, 1).
-        test_split: Share of all that tests, in [0, 1). Counts are rounded down, but a share
-            above 0 gets at least one lesion.
+        mask_paths: Mask files.
+        val_split: Fraction of what the test set leaves that validates, in [0, 1).
+        test_split: Fraction that tests, in [0, 1). Counts are rounded down, but a fraction above 0
+            gets at least one lesion.
         seed: The same seed gives the same split.
-        group: Whether images that `find_same_lesions` takes for one lesion stay together.
+        group: Whether images that `find_same_lesions` groups stay together.
+        image_size: Frame in which the pairs are decoded to be grouped.
+        cache: Keeps the decoded pairs.
 
     Returns:
-        `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs, or
-        the nearest below that the lesions allow (above, where the smallest one has more pairs),
-        which it warns of. Every pair is in exactly one of them.
+        `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs.
+        Every pair is in exactly one set. A set that the lesions keep from its size is a warning.
 
     Raises:
-        SegmentError: If the lists differ in length, a share is out of range, or nothing is left
-            to train on.
+        SegmentError: If a fraction is out of range, or no pair is left to train on.
     """
-    _check_lengths(image_paths, mask_paths)
+    pairs = _zip_pairs(image_paths, mask_paths)
     _check_seed(seed)
-    for name, share in {"val_split": val_split, "test_split": test_split}.items():
-        _require(0 <= share < 1, f"{name} is {share}: expected a share from 0 to below 1.")
-    pairs = [(str(image), str(mask)) for image, mask in zip(image_paths, mask_paths, strict=True)]
-    lesions = _group(pairs, _number_lesions(pairs) if group else range(len(pairs)))
-    rest, test = _draw(lesions, _count(test_split, len(pairs)), seed)
-    train, val = _draw(rest, _count(val_split, sum(map(len, rest))), seed)
+    for name, fraction in {"val_split": val_split, "test_split": test_split}.items():
+        _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
+    numbers = _number_lesions(pairs, image_size, cache or PairCache(0)) if group else None
+    rest, test = _draw(_group(pairs, numbers or range(len(pairs))), test_split, seed)
+    train, val = _draw(rest, val_split, seed)
     _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
-def _count(share: float, pairs: int) -> int:
-    return max(1, math.floor(share * pairs + 1e-9)) if share else 0  # 0.29 * 100 is 28.99...
-
-
 def _draw(
-    lesions: list[list[Pair]], count: int, seed: int
-) -> tuple[list[list[Pair]], list[list[Pair]]]:
-    """Draws lesions at random until they hold `count` pairs: `(rest, drawn)`."""
+    lesions: list[list[Any]], fraction: float, seed: int
+) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Draws lesions at random until they hold a fraction of the pairs: `(rest, drawn)`."""
+    pairs = sum(map(len, lesions))
+    count = max(1, math.floor(fraction * pairs + 1e-9)) if fraction else 0  # 0.29 * 100 < 29
     wanted = max(count, min(map(len, lesions), default=0)) if count else 0
-    rest: list[list[Pair]] = []
-    drawn: list[list[Pair]] = []
+    rest: list[list[Any]] = []
+    drawn: list[list[Any]] = []
     for lesion in shuffle(lesions, random_state=seed):
         fits = len(lesion) <= wanted
         wanted -= fits * len(lesion)
         (drawn if fits else rest).append(lesion)
-    if sum(map(len, drawn)) != count:
-        warnings.warn(
-            f"{sum(map(len, drawn))} pairs are put aside rather than {count}, since the images of "
-            "one lesion stay together.",
-            stacklevel=3,
-        )
+    held_out = sum(map(len, drawn))
+    if held_out != count:
+        what = f"{held_out} pairs are held out rather than {count}"
+        warnings.warn(f"{what}: the images of one lesion stay together.", stacklevel=3)
     return rest, drawn
 
 
@@ -932,7 +900,7 @@ def _check_seed(seed: int) -> None:
     _require(seed in range(2**32), f"seed is {seed}: expected a whole number from 0 to 2^32 - 1.")
 
 
-def _unzip(lesions: Sequence[Sequence[Pair]]) -> Pairs:
+def _unzip(lesions: Sequence[Sequence[Any]]) -> Pairs:
     pairs = [pair for lesion in lesions for pair in lesion]
     return [image for image, _ in pairs], [mask for _, mask in pairs]
 
@@ -941,86 +909,68 @@ def _unzip(lesions: Sequence[Sequence[Pair]]) -> Pairs:
 # 4. Generators: batches of images and masks, augmented on demand
 # ----------------------------------------------------------------------------------------------
 
-
-def create_generator(
-    image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath] | None = None,
-    *,
-    image_size: Size = IMAGE_SIZE,
-    batch_size: int = 8,
-    shuffle: bool = False,
-    augment: bool = False,
-    seed: int = 0,
-    workers: int = 1,
-    cache: PairCache | None = None,
-    whole_batches: bool = False,
-) -> ImageGenerator:
-    """Creates a data set of batches for `fit`, `evaluate` and `predict`.
-
-    Args:
-        image_paths: Image files.
-        mask_paths: Their masks in the same order; `None` to predict without ground truth.
-        image_size: `(height, width)` of the network's frame.
-        batch_size: Images a batch; the last batch may be shorter.
-        shuffle: Whether each epoch draws a new order of the images.
-        augment: Whether images and masks are mirrored, turned, zoomed, stretched and shifted
-            together, and the images alone changed in colour, gamma, contrast and sharpness.
-        seed: With the epoch it determines order and augmentation, whatever else draws numbers.
-        workers: Threads that load batches.
-        cache: Where decoded pairs are kept, by default 2 GiB of memory: 2,048 pairs of 512 x 512,
-            as which a frame of 256 x 256 has them to be augmented. The rest is decoded each time.
-        whole_batches: Whether to leave a shorter last batch out, as several devices need it.
-
-    Returns:
-        An `ImageGenerator`, whose batches are `uint8 (N, height, width, 3)` in 0..255, followed by
-        `uint8 (N, height, width, 1)` in {0, 1} where there are masks.
-
-    Raises:
-        SegmentError: If there are no images, the lists differ in length, or a number is out of
-            range.
-    """
-    _require(len(image_paths) > 0, "A generator needs at least one image, but the list is empty.")
-    _check_lengths(image_paths, image_paths if mask_paths is None else mask_paths)
-    _require(batch_size >= 1, f"batch_size is {batch_size}: expected 1 or more images a batch.")
-    _check_seed(seed)
-    _require(
-        not whole_batches or batch_size <= len(image_paths),
-        f"{len(image_paths)} images do not make one whole batch of {batch_size}: lower batch_size.",
-    )
-    return ImageGenerator(
-        [str(path) for path in image_paths],
-        None if mask_paths is None else [str(path) for path in mask_paths],
-        _check_image_size(image_size), batch_size, shuffle, augment, seed,
-        PairCache() if cache is None else cache, whole_batches, workers,
-    )  # fmt: skip
+# The default cache: one budget for all generators, freed with the last of them.
+_shared: weakref.WeakValueDictionary[str, PairCache] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(eq=False)
 class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
-    """Loads a batch when it is asked for; made by `create_generator`, whose arguments it keeps.
+    """Loads batches for `fit`, `evaluate` and `predict`.
 
-    All randomness derives from `(seed, epoch, image)`, never from the order of calls, since Keras
-    asks for batches ahead of time, for more than it uses, and from several threads.
+    A batch is `uint8 (N, height, width, 3)` images, followed by `uint8 (N, height, width, 1)` masks
+    if there are any. All randomness derives from `(seed, epoch, image)` and never from the order of
+    calls, since Keras loads batches ahead of time, more than it uses, and from several threads.
+
+    Args:
+        image_paths: Image files.
+        mask_paths: Mask files; `None` to predict without them.
+        image_size: Frame of the network.
+        batch_size: Images per batch; the last batch may be shorter.
+        shuffle: Whether each epoch has a new order of the images.
+        augment: Whether images and masks are mirrored, rotated, zoomed, stretched and shifted
+            together, and images changed in colour, gamma, contrast and sharpness.
+        seed: Determines order and augmentation, together with the epoch.
+        cache: Where decoded pairs are kept. By default all generators share 2 GiB of memory: 2,048
+            pairs of 512 x 512, the size at which a frame of 256 x 256 is augmented. The remaining
+            pairs are decoded each time.
+        whole_batches: Whether to drop a shorter last batch, as several devices require.
+        workers: Threads that load batches.
 
     Attributes:
-        epoch: Selects order and augmentation; counted up after every epoch.
-        failure: What a file that could not be loaded raised, since a backend may wrap it.
+        epoch: Selects order and augmentation; incremented after every epoch.
+        failure: What a file raised that could not be loaded, since a backend may wrap it.
+
+    Raises:
+        SegmentError: If there is no image, the lists differ in length, or a number is out of range.
     """
 
-    image_paths: list[str]
-    mask_paths: list[str] | None
-    image_size: Size
-    batch_size: int
-    shuffle: bool
-    augment: bool
-    seed: int
-    cache: PairCache
-    whole_batches: bool
-    workers: dataclasses.InitVar[int]
-    epoch: int = 0
-    failure: SegmentError | None = None
+    image_paths: Sequence[StrPath]
+    mask_paths: Sequence[StrPath] | None = None
+    _: dataclasses.KW_ONLY
+    image_size: Size = IMAGE_SIZE
+    batch_size: int = 8
+    shuffle: bool = False
+    augment: bool = False
+    seed: int = 0
+    cache: PairCache = dataclasses.field(
+        default_factory=lambda: _shared.setdefault("cache", PairCache())
+    )
+    whole_batches: bool = False
+    workers: dataclasses.InitVar[int] = 1
 
     def __post_init__(self, workers: int) -> None:
+        pairs, size = _zip_pairs(self.image_paths, self.mask_paths), self.batch_size
+        count = len(pairs)
+        _require(count > 0, "A generator needs at least one image, but the list is empty.")
+        _require(size >= 1, f"batch_size is {size}: expected 1 or more images per batch.")
+        _check_seed(self.seed)
+        whole = not self.whole_batches or size <= count
+        _require(whole, f"{count} images do not make one whole batch of {size}: lower batch_size.")
+        self.image_size = _check_image_size(self.image_size)
+        self.image_paths = [image for image, _ in pairs]
+        self.mask_paths = None if self.mask_paths is None else [str(mask) for _, mask in pairs]
+        self.epoch = 0
+        self.failure: SegmentError | None = None
         super().__init__(workers=workers)
 
     def __len__(self) -> int:
@@ -1028,24 +978,21 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         return math.floor(batches) if self.whole_batches else math.ceil(batches)
 
     def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
-        return self.share(index, *_this_host())
+        pairs = self.batch_part(index, *_this_host())
+        return pairs[..., :3] if self.mask_paths is None else (pairs[..., :3], pairs[..., 3:])
 
-    def share(self, index: int, host: int, hosts: int) -> Array | tuple[Array, Array]:
-        """Of a batch what one of several hosts computes: the rows in as many equal parts."""
+    def batch_part(self, index: int, part: int = 0, parts: int = 1) -> Array:
+        """The pairs of a batch, `uint8 (N, height, width, 4)`, or one of its equal parts."""
         epoch = self.epoch
         chosen = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         try:
-            samples = [self._load(int(i), epoch) for i in np.array_split(chosen, hosts)[host]]
+            return np.stack([self._load(i, epoch) for i in np.array_split(chosen, parts)[part]])
         except SegmentError as error:
             self.failure = error
             raise
-        images = np.stack([image for image, _ in samples])
-        if self.mask_paths is None:
-            return images
-        return images, np.stack([mask for _, mask in samples])
 
     def on_epoch_end(self) -> None:
-        """Goes on to the next order and augmentation; Keras calls it."""
+        """Advances to the next order and augmentation; called by Keras."""
         self.epoch += 1
 
     def _order(self, epoch: int) -> Array:
@@ -1053,41 +1000,38 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         rng = np.random.default_rng((self.seed, epoch))
         return rng.permutation(count) if self.shuffle else np.arange(count)
 
-    @property
-    def decoded_size(self) -> Size:
-        """`(height, width)` as which pairs are decoded: zooming in needs more than the frame."""
+    def _load(self, i: int, epoch: int) -> Array:
+        mask_path = None if self.mask_paths is None else str(self.mask_paths[i])
         height, width = self.image_size
-        return (2 * height, 2 * width) if self.augment else (height, width)
-
-    def _load(self, i: int, epoch: int) -> tuple[Array, Array]:
-        mask_path = None if self.mask_paths is None else self.mask_paths[i]
-        image, mask, _ = self.cache.load(self.image_paths[i], mask_path, self.decoded_size)
+        # Augmentation zooms in, so it needs more pixels than the frame has.
+        decoded = (2 * height, 2 * width) if self.augment else self.image_size
+        pair = self.cache.load(str(self.image_paths[i]), mask_path, decoded)
         if self.augment:
-            rng = np.random.default_rng((self.seed, epoch, i))
-            return _augment(image, mask, self.image_size, rng)
-        return image, mask
+            rng = np.random.default_rng((self.seed, epoch, int(i)))
+            return _augment(pair, self.image_size, rng)
+        return pair
 
 
-def _augment(
-    image: Array, mask: Array, image_size: Size, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """One random change of geometry for both, one of colour for the image alone.
+create_generator = ImageGenerator  # as the original calls it
 
-    Pillow does both a whole picture at a time, without the interpreter's lock. The nearest pixel at
-    twice the size, then the mean of four, takes half the time of interpolation.
+
+def _augment(pair: Array, image_size: Size, rng: np.random.Generator) -> Array:
+    """Changes the geometry of a pair and the colours of its image.
+
+    Pillow transforms a whole picture without the interpreter's lock. The nearest pixel at twice the
+    size, then the mean of four, takes half the time of interpolation. The mean of a mask in {0, 1}
+    is rounded, so a pixel is lesion where at least two of four are.
     """
     twice = (2 * image_size[1], 2 * image_size[0])
-    affine = _random_affine((image.shape[1], image.shape[0]), twice, rng)
-    picture, target = (
-        Image.fromarray(array)
-        .transform(twice, Image.Transform.AFFINE, affine, Image.Resampling.NEAREST)
-        .reduce(2)
-        for array in (image, mask[..., 0] * 255)
-    )
-    picture = picture.point(_random_colors(rng))
+    affine = _random_affine((pair.shape[1], pair.shape[0]), twice, rng)
+    four_bands = Image.frombytes("CMYK", (pair.shape[1], pair.shape[0]), pair.tobytes())
+    moved = four_bands.transform(twice, Image.Transform.AFFINE, affine, Image.Resampling.NEAREST)
+    pair = np.array(moved.reduce(2))
+    picture = Image.fromarray(pair[..., :3]).point(_random_colors(rng))
     if rng.random() < 0.2:
         picture = picture.filter(ImageFilter.BoxBlur(rng.uniform(0.25, 1.5)))
-    return np.asarray(picture), (np.asarray(target) >= 128).astype(np.uint8)[..., None]
+    pair[..., :3] = picture
+    return pair
 
 
 def _random_affine(
@@ -1095,9 +1039,9 @@ def _random_affine(
 ) -> tuple[float, ...]:
     """Upright or at any angle, mirrored or not, stretched by up to 12 %, zoomed by 0.75 to 2.2.
 
-    The more it zooms in, the further from the centre it may look. From a picture of `(width,
-    height)` `source` to one of `size`; `(a, b, c, d, e, f)` as Pillow has it: `(x, y)` shows what
-    was at `(ax + by + c, dx + ey + f)`.
+    The more it zooms in, the further from the centre it may look. Maps an image of `(width,
+    height)` `source` to one of `size`, as Pillow expects it: `(a, b, c, d, e, f)`, where `(x, y)`
+    shows what was at `(ax + by + c, dx + ey + f)`.
     """
     angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.7 else 0.0
     zoom = math.exp(rng.uniform(math.log(0.75), math.log(2.2))) if rng.random() < 0.75 else 1.0
@@ -1107,14 +1051,14 @@ def _random_affine(
     a, b = (mirror * step * stretch * part for part in (math.cos(angle), math.sin(angle)))
     d, e = (step / stretch * part for part in (-math.sin(angle), math.cos(angle)))
     reach = 0.06 + 0.2 * max(0.0, zoom - 1)
-    x, y = (0.5 + rng.uniform(-reach, reach, 2)) * size  # where the old centre comes to lie
+    x, y = (0.5 + rng.uniform(-reach, reach, 2)) * size  # where the old centre moves to
     return a, b, source[0] / 2 - a * x - b * y, d, e, source[1] / 2 - d * x - e * y
 
 
 def _random_colors(rng: np.random.Generator) -> list[int]:
-    """A table of 3 x 256 new levels: other light, other tint, gamma of 0.7 to 1.4, contrast.
+    """A table of 3 x 256 levels: brightness, tint, gamma of 0.7 to 1.4 and contrast.
 
-    Black stays black, and with it the padding.
+    Black stays black, and so does the padding.
     """
     gains = rng.uniform(0.85, 1.15) * rng.uniform(0.85, 1.15, (3, 1))
     gamma = math.exp(rng.uniform(math.log(0.7), math.log(1.4)))
@@ -1135,41 +1079,36 @@ def create_model(
     dropout: float = 0.3,
     bfloat16: bool = False,
 ) -> keras.Model:
-    """Creates the improved UNet, uncompiled.
+    """Creates the improved UNet, uncompiled (Isensee et al. 2017, arXiv:1802.10508).
 
-    Five levels of pre-activation residual context modules on the way down; localization modules on
-    the way up; the lesion maps of the three finest levels are summed (arXiv:1802.10508).
+    Five levels of pre-activation residual context modules on the way down, localization modules on
+    the way up; the lesion maps of the three finest levels are summed.
 
     Args:
-        image_size: `(height, width)` of the frame, both divisible by 16.
+        image_size: Frame of the network, divisible by 16.
         num_filters: Filters of the finest level; each coarser level has twice as many.
-        dropout: Share of the feature maps dropped between the convolutions of a context module:
-            whole ones (Tompson et al. 2015, arXiv:1411.4280), since pixels beside each other say
-            much the same.
-        bfloat16: Whether to compute in bfloat16, which recent processors and GPUs do faster;
-            weights and output stay float32. Without it Keras' dtype policy decides.
+        dropout: Fraction of whole feature maps that a context module drops (Tompson et al. 2015,
+            arXiv:1411.4280), since neighbouring pixels carry the same information.
+        bfloat16: Whether to compute in bfloat16, which is faster on recent processors and GPUs;
+            weights and output stay float32. With `False`, Keras' dtype policy applies.
 
     Returns:
-        A functional model from `(N, height, width, 3)`, `uint8` or float in 0..255, to lesion
-        probabilities `float32 (N, height, width, 1)`. With the defaults it has 3,188,435
-        parameters.
-
-    Raises:
-        SegmentError: If `image_size` is not divisible by 16, or another number is out of range.
+        A functional model from images, `uint8` or float in 0..255, to probabilities. With the
+        defaults it has 3,188,435 parameters.
     """
     _require(num_filters >= 1, f"num_filters is {num_filters}: expected 1 or more.")
-    _require(0 <= dropout < 1, f"dropout is {dropout}: expected a share from 0 to below 1.")
+    _require(0 <= dropout < 1, f"dropout is {dropout}: expected a fraction in [0, 1).")
     inputs = keras.Input((*_check_image_size(image_size, 16), 3), name="image")
     scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
     with _dtype_policy("mixed_bfloat16") if bfloat16 else contextlib.nullcontext():
         lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
     outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
-    return _fuse_norms(keras.Model(inputs, outputs, name="improved_unet"))
+    return keras.Model(inputs, outputs, name="improved_unet")
 
 
 @contextlib.contextmanager
 def _dtype_policy(name: str) -> Iterator[None]:
-    """The policy of the layers that are made meanwhile; Keras' own setting is as before after."""
+    """Sets Keras' dtype policy inside the block and restores it afterwards."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
     try:
@@ -1208,7 +1147,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
 
 
 def _context_module(x: Tensor, filters: int, dropout: float, name: str) -> Tensor:
-    """Pre-activation residual block: norm and activation come before each convolution."""
+    """Pre-activation residual block: norm and activation precede each convolution."""
     y = _convolution(_norm_relu(x, f"{name}1"), filters, 3, f"{name}1_conv")
     y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout")(y)
     y = _convolution(_norm_relu(y, f"{name}2"), filters, 3, f"{name}2_conv")
@@ -1227,7 +1166,7 @@ def _localization_module(x: Tensor, filters: int, name: str) -> Tensor:
 
 
 def _add_lesion_map(coarser: Tensor, x: Tensor, name: str) -> Tensor:
-    """This level's own lesion map, plus that of the coarser levels at twice their size."""
+    """The lesion map of this level plus that of the coarser levels at twice their size."""
     lesion = _convolution(x, 1, 1, f"{name}_conv")
     if coarser is None:
         return lesion
@@ -1247,18 +1186,23 @@ def _norm_relu(x: Tensor, name: str) -> Tensor:
     return layers.LeakyReLU(0.01, name=f"{name}_relu")(x)
 
 
-def _fuse_norms(model: keras.Model) -> keras.Model:
-    """Has TensorFlow compute each instance normalization in one operation, if on a processor.
+@contextlib.contextmanager
+def _fused_norms(model: keras.Model) -> Iterator[None]:
+    """Computes instance norms by one operation of TensorFlow inside the block, on a processor.
 
-    The same function: a training step in bfloat16 takes 60 to 80 % of the time. Layers and files
-    stay those of Keras.
+    The function is the same, and a training step in bfloat16 takes 60 to 80 % of the time. Layers
+    are their own again after the block, so nothing of this is saved or exported.
     """
     tensorflow = keras.backend.backend() == "tensorflow" and sys.modules["tensorflow"]
-    if tensorflow and not tensorflow.config.list_physical_devices("GPU"):  # where XLA fuses it
-        for layer in model.layers:
-            if _is_instance_norm(layer):
-                layer.call = functools.partial(_normalize, layer)
-    return model
+    fused = tensorflow and not tensorflow.config.list_physical_devices("GPU")  # XLA fuses there
+    norms = [layer for layer in model.layers if fused and _is_instance_norm(layer)]
+    for norm in norms:
+        norm.call = functools.partial(_normalize, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.call
 
 
 def _is_instance_norm(layer: keras.Layer) -> bool:
@@ -1269,29 +1213,18 @@ def _is_instance_norm(layer: keras.Layer) -> bool:
 
 
 def _normalize(norm: keras.Layer, x: Tensor) -> Tensor:
-    """Instance normalization by the fused batch normalization of one image at a time.
-
-    While Keras traces the network it does not know how many images a batch will have: eight are
-    taken one by one, of which some may be missing; what is left becomes further maps of one image.
-    """
+    """Instance normalization by a batch normalization in which all images form one."""
     tensorflow = sys.modules["tensorflow"]
-    if tensorflow.executing_eagerly():  # so many small operations gain nothing outside of a graph
-        return layers.GroupNormalization.call(norm, x)
-    fused = functools.partial(
-        tensorflow.raw_ops.FusedBatchNormV3,
-        mean=[], variance=[], epsilon=norm.epsilon, is_training=True,
-    )  # fmt: skip
-    scale, offset = ops.cast(norm.gamma, "float32"), ops.cast(norm.beta, "float32")
+    if tensorflow.executing_eagerly():  # many small operations gain nothing outside of a graph
+        return type(norm).call(norm, x)
     count, height, width, maps = ops.shape(x)
-    there, more = ops.clip(count - np.arange(8), 0, 1), ops.maximum(count - 8, 0)
-    *images, rest = tensorflow.split(x, ops.append(there, more), num=9)
-    # No gradient from an image that is missing, where XLA would divide by no pixels.
-    scales = ops.unstack(ops.where(there[:, None] > 0, scale, 1.0), 8)
-    parts = [fused(x=i, scale=s, offset=offset).y for i, s in zip(images, scales, strict=True)]
-    rest = ops.reshape(ops.transpose(rest, (1, 2, 0, 3)), (1, height, width, more * maps))
-    rest = fused(x=rest, scale=ops.tile(scale, [more]), offset=ops.tile(offset, [more])).y
-    rest = ops.transpose(ops.reshape(rest, (height, width, more, maps)), (2, 0, 1, 3))
-    return tensorflow.concat([*parts, rest], 0)
+    scale, offset = (ops.tile(ops.cast(w, "float32"), [count]) for w in (norm.gamma, norm.beta))
+    x = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, count * maps))
+    x = tensorflow.raw_ops.FusedBatchNormV3(
+        x=x, scale=scale, offset=offset, mean=[], variance=[], epsilon=norm.epsilon,
+        is_training=True,
+    ).y  # fmt: skip
+    return ops.transpose(ops.reshape(x, (height, width, count, maps)), (2, 0, 1, 3))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1301,14 +1234,10 @@ def _normalize(norm: keras.Layer, x: Tensor) -> Tensor:
 
 @keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
 def dice_coefficient(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Dice coefficient of each image, the prediction cut at 0.5.
+    """Dice coefficient of each image, the prediction thresholded at 0.5.
 
-    Args:
-        y_true: Masks in {0, 1}, `(N, height, width, 1)`.
-        y_pred: Probabilities in 0..1, of the same shape.
-
-    Returns:
-        `float32 (N,)` in 0..1; 1 where mask and prediction are both empty.
+    Takes masks `(N, height, width, 1)` and probabilities of the same shape; returns
+    `float32 (N,)`, which is 1 where mask and prediction are both empty.
     """
     intersection, total = _overlap(ops.cast(y_true, "float32") > 0.5, y_pred > 0.5)
     return ops.where(total > 0, 2 * intersection / ops.maximum(total, 1), 1.0)
@@ -1316,17 +1245,11 @@ def dice_coefficient(y_true: Tensor, y_pred: Tensor) -> Tensor:
 
 @keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
 def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Soft Dice loss of each image (Milletari et al. 2016, arXiv:1606.04797).
+    """Soft Dice loss of each image, `float32 (N,)` in 0..1.
 
-    One pixel is added to numerator and denominator: an empty mask then divides nothing by zero,
-    and its loss falls to 0 as the prediction empties.
-
-    Args:
-        y_true: Masks in {0, 1}, `(N, height, width, 1)`.
-        y_pred: Probabilities in 0..1, of the same shape.
-
-    Returns:
-        `float32 (N,)` in 0..1.
+    One pixel is added to numerator and denominator of the loss of Milletari et al. 2016
+    (arXiv:1606.04797). So an empty mask causes no division by zero, and its loss falls to 0 as the
+    prediction empties.
     """
     intersection, total = _overlap(y_true, y_pred)
     return 1 - (2 * intersection + 1) / (total + 1)
@@ -1334,16 +1257,9 @@ def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
 
 @keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
 def dice_cross_entropy_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Soft Dice loss plus the mean binary cross-entropy of each image.
+    """Soft Dice loss plus the mean binary cross-entropy of each image, `float32 (N,)`.
 
-    Dice alone drives probabilities to 0 and 1; cross-entropy keeps them honest.
-
-    Args:
-        y_true: Masks in {0, 1}, `(N, height, width, 1)`.
-        y_pred: Probabilities in 0..1, of the same shape.
-
-    Returns:
-        `float32 (N,)`, 0 or more.
+    Dice alone drives probabilities to 0 and 1; cross-entropy keeps them calibrated.
     """
     target, lesion = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
     entropy = ops.mean(ops.binary_crossentropy(target, lesion), axis=(1, 2, 3))
@@ -1358,27 +1274,23 @@ def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
-    """Scores one binary mask against another, as the ISIC challenges do.
+    """Scores a binary mask against another, as the ISIC challenges do.
 
     With TP, FP, FN and TN pixels: Dice = 2 TP / (2 TP + FP + FN), Jaccard = TP / (TP + FP + FN),
     thresholded Jaccard = Jaccard, or 0 if it is below 0.65, sensitivity = TP / (TP + FN),
-    specificity = TN / (TN + FP), accuracy = (TP + TN) / all. 0 / 0 counts as 1: of nothing,
-    nothing was missed.
+    specificity = TN / (TN + FP), accuracy = (TP + TN) / all. 0 / 0 counts as 1: nothing was missed.
 
     Args:
         truth: Mask in {0, 1} or bool, of any shape.
         prediction: Mask of the same shape.
 
     Returns:
-        The six scores by their names in `METRICS`, each in 0..1.
-
-    Raises:
-        SegmentError: If the shapes differ, are empty, or a value is neither 0 nor 1.
+        The six scores by their names in `METRICS`.
     """
     truth, prediction = np.asarray(truth), np.asarray(prediction)
     shapes = f"{truth.shape} and {prediction.shape}"
     same = truth.shape == prediction.shape and truth.size > 0
-    _require(same, f"The masks have the shapes {shapes}: expected the same one twice.")
+    _require(same, f"The masks have the shapes {shapes}: expected two equal ones.")
     for name, mask in {"truth": truth, "prediction": prediction}.items():
         if not np.isin(mask, (0, 1)).all():
             span = f"{mask.min()} to {mask.max()}"
@@ -1418,46 +1330,39 @@ def train_model(
     log_path: StrPath | None = None,
     resume_path: StrPath | None = None,
     resume: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     verbose: str | int = "auto",
 ) -> keras.callbacks.History:
-    """Trains a new model, or goes on with one that was trained before.
+    """Trains a new model, or continues to train a trained one.
 
-    A model that is not compiled gets Adam, `dice_cross_entropy_loss`, accuracy and Dice. A loaded
-    one keeps its optimizer, and its epochs are counted on. The learning rate falls along a
-    half cosine, from `learning_rate` in epoch 0 to nearly 0 in the last; a model with epochs behind
-    it enters the curve there. In the end, and also if training was interrupted after an epoch, the
-    model is that of the best epoch, optimizer included: the one with the highest validation Dice
-    (the lowest validation loss, if it was compiled without `dice_coefficient`; the last, if there
-    is no validation).
+    An uncompiled model gets Adam, `dice_cross_entropy_loss`, accuracy and Dice. A loaded model
+    keeps its optimizer, and its epochs count on. The learning rate follows half a cosine, from
+    `learning_rate` in epoch 0 to nearly 0 in the last one. Afterwards, and after an interruption,
+    the model is that of the best epoch: of the highest validation Dice, of the lowest validation
+    loss if Dice is not among the metrics, or the last one if there is no validation.
 
     Args:
-        model: What `create_model` or `load_model` returned; changed in place.
+        model: The model; changed in place.
         train_generator: Batches to train on.
-        val_generator: Batches to validate on after each epoch, `None` for no validation.
-        epochs: How many epochs to train, in addition to those before.
-        learning_rate: Peak of the learning rate.
-        save_path: `.keras` file that from the end of the first epoch on holds the best one so far.
-        split: `(train, val, test)` as `train_val_test_split` returned it, for the file.
-        log_path: CSV file with a line an epoch, those before included.
-        resume_path: `.keras` file that holds the last epoch. If it is there already, a training
-            that was killed goes on from it to the same end: the same weights, where the backend
-            computes alike twice. Its best epoch is in `save_path`, which it needs.
-        resume: Whether to do so; otherwise such a file is removed.
-        verbose: Progress display, as in `keras.Model.fit`.
+        val_generator: Batches to validate on after each epoch, or `None`.
+        epochs: Number of epochs, in addition to those before.
+        learning_rate: Highest learning rate.
+        save_path: `.keras` file that holds the best epoch so far.
+        split: `(train, val, test)` of `train_val_test_split`, for the record.
+        log_path: CSV file with a row per epoch, those before included.
+        resume_path: `.keras` checkpoint of the last epoch. If it exists, an interrupted training
+            continues from it and ends with the same weights, where the backend is deterministic.
+        resume: Whether to continue from the checkpoint; otherwise it is removed.
+        callbacks: Further Keras callbacks, such as `TensorBoard` or `EarlyStopping`.
+        verbose: As in `keras.Model.fit`.
 
     Returns:
-        The `History` of these epochs: loss, accuracy, Dice and learning rate. That of all epochs is
-        `model_record(model).history`.
-
-    Raises:
-        SegmentError: If `epochs` or `learning_rate` is not positive, the generators do not fit the
-            model, a file cannot be loaded or written, or the loss is not a finite number.
+        The `History` of these epochs. The history of all epochs is in the record.
     """
     _check_training(model, (train_generator, val_generator), epochs, learning_rate)
     _check_files_of_training(save_path, resume_path, log_path)
     _compile(model)
-    if split is not None:
-        model_record(model).split = _split_names(split)
+    _record_training(model_record(model), train_generator, learning_rate, split)
     end = _count_epochs(model) + epochs
     resumed = resume and resume_path is not None and Path(resume_path).exists()
     if resumed:
@@ -1469,18 +1374,24 @@ def train_model(
     )
     with tempfile.TemporaryDirectory() as folder:
         best_path = Path(save_path or f"{folder}/best.keras")
-        best_there = resumed and save_path is not None
-        keeper = _EpochKeeper(train_generator, best_path, log_path, resume_path, best_there)
+        found = resumed and save_path is not None
+        best = _BestCheckpoint(train_generator, best_path, log_path, resume_path, found)
         try:
-            with _naming_the_file(train_generator, val_generator):
+            with _fused_norms(model):
                 return model.fit(
                     train_generator, validation_data=val_generator,
-                    callbacks=[keras.callbacks.TerminateOnNaN(), schedule, keeper],
+                    callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
                     initial_epoch=_count_epochs(model), epochs=end, verbose=verbose,
-                    shuffle=False,  # the generator shuffles by itself
+                    shuffle=False,  # the generator shuffles
                 )  # fmt: skip
+        except Exception as error:  # a backend may wrap that of a generator in its own
+            for generator in (train_generator, val_generator):
+                failure = getattr(generator, "failure", None)
+                if failure is not None:
+                    raise failure from error
+            raise
         finally:
-            keeper.restore()
+            best.restore()
 
 
 def _check_training(
@@ -1490,20 +1401,22 @@ def _check_training(
     positive = 0 < learning_rate < math.inf
     _require(positive, f"learning_rate is {learning_rate}: expected a number above 0.")
     for generator in generators:
-        if isinstance(generator, ImageGenerator):  # and not some data set of the user's own
+        if isinstance(generator, ImageGenerator):  # users may pass another PyDataset
             _check_frame(model, generator)
             _masks_of(generator)
+            generator.failure = None
 
 
 def _check_files_of_training(
     save_path: StrPath | None, resume_path: StrPath | None, log_path: StrPath | None
-) -> None:
+) -> None:  # fmt: skip
     for path, suffix in ((save_path, ".keras"), (resume_path, ".keras"), (log_path, "")):
         if path is not None:
             _check_file_to_write(path, suffix)
             _remove_leftovers(Path(path).parent)
-    same = None not in (save_path, resume_path) and Path(save_path or "") == Path(resume_path or "")
-    _require(not same, f"{save_path} cannot hold both the best and the last epoch: name two files.")
+    both = [Path(path).resolve() for path in (save_path, resume_path) if path is not None]
+    one = len(both) != len(set(both))
+    _require(not one, f"{save_path} cannot hold both the best and the last epoch: name two files.")
 
 
 def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
@@ -1515,10 +1428,16 @@ def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
     )
 
 
+def _masks_of(generator: ImageGenerator) -> Sequence[StrPath]:
+    if generator.mask_paths is None:
+        raise SegmentError("This needs masks: create the generator with mask_paths.")
+    return generator.mask_paths
+
+
 def _compile(model: keras.Model) -> None:
     if model.compiled:
         schedule = isinstance(model.optimizer.get_config().get("learning_rate"), dict)
-        _require(not schedule, "The optimizer has a schedule of its own: give it a plain rate.")
+        _require(not schedule, "The optimizer has a learning rate schedule: give it a number.")
         return
     model.compile(
         optimizer=keras.optimizers.Adam(),
@@ -1527,39 +1446,51 @@ def _compile(model: keras.Model) -> None:
     )
 
 
+def _record_training(
+    record: ModelRecord, generator: Any, learning_rate: float, split: Sequence[Pairs] | None
+) -> None:
+    versions = {"numpy": np.__version__, "pillow": PIL.__version__}  # Keras names its own
+    record.origin |= {"learning_rate": learning_rate, "device": describe_device(), **versions}
+    if isinstance(generator, ImageGenerator):
+        record.origin["seed"], record.batch_size = generator.seed, generator.batch_size
+    if split is not None:
+        record.split = _split_ids(split)
+
+
 def _count_epochs(model: keras.Model) -> int:
     return len(model_record(model).history.get("loss", ()))
 
 
 def _resume(model: keras.Model, path: str) -> None:
-    """Puts weights, optimizer and record of a training that was interrupted into a model."""
-    before = model_record(_load_same_network(path, model))
-    old, new = (_facts(record) for record in (before, model_record(model)))
-    changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
+    """Loads weights, optimizer and record of an interrupted training."""
+    before, record = model_record(_load_same_network(path, model)), model_record(model)
+    old, new = _fingerprint(before), _fingerprint(record)
+    changed = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
     _require(
         not changed,
-        f"{path} is of a training with other values of {_shorten(sorted(changed))}: give the "
-        "images and the options of the one that was interrupted, or begin anew.",
+        f"{path} is the checkpoint of a training with another {_shorten(changed)}: give the images "
+        "and options of the interrupted training, or start from scratch.",
     )
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
-    before.origin |= model_record(model).origin  # which may tell of more epochs
+    before.origin |= record.origin
     model.record = before
 
 
-def _facts(record: ModelRecord) -> dict[str, Any]:
-    """What must be the same for a training to go on, as far as it is told."""
-    told = {"split": record.split, **record.origin, **record.origin.get("options", {})}
-    names = ("split", "sha256_of_images", "sha256_of_masks", "seed", "batch_size", "learning_rate")
-    return {name: told[name] for name in names if name in told}
+def _fingerprint(record: ModelRecord) -> dict[str, Any]:
+    """What must be equal to resume a training, as far as it is known."""
+    names = ("seed", "learning_rate", "sha256_of_images", "sha256_of_masks")
+    known = {name: record.origin[name] for name in names if name in record.origin}
+    split = {"split": record.split} if record.split else {}
+    return {**known, **split, "batch_size": record.batch_size}
 
 
 @dataclasses.dataclass(eq=False)
-class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
-    """Records every epoch in the model's record and keeps the best and the last one in files.
+class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
+    """Records every epoch, and keeps the best and the last one in files.
 
-    Unlike `keras.callbacks.ModelCheckpoint`, `BackupAndRestore` and `CSVLogger` it writes files
-    whole or not at all, with the record in them, and puts the best epoch back into the model.
+    Unlike `keras.callbacks.ModelCheckpoint`, `BackupAndRestore` and `CSVLogger`, it replaces whole
+    files, stores the record in them, and restores the best epoch.
     """
 
     train_generator: Any
@@ -1573,18 +1504,18 @@ class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        """Takes a model that goes on for the best so far, unless that was interrupted."""
+        """Treats a continued model as the best so far, unless it is being resumed."""
         earlier = _epoch_scores(model_record(self.model).history)
         if self.resumed:
             best = _epoch_scores(model_record(load_model(self.path)).history)
-            _require(bool(best), f"{self.path} is not of the training to go on with: begin anew.")
+            _require(bool(best), f"{self.path} does not belong to {self.resume_path}: start anew.")
             self.best = max(best)
         elif earlier:
-            self._keep(max(earlier))
+            self._save_best(max(earlier))
         self._write_log()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        """Ties all randomness to the number of the epoch: what the generator and dropout draw."""
+        """Derives the randomness of generator and dropout from the number of the epoch."""
         self.train_generator.epoch = epoch
         seed = getattr(self.train_generator, "seed", 0)
         for i, layer in enumerate(self.model.layers):
@@ -1592,7 +1523,7 @@ class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        """Records the epoch, and keeps it if it is the best."""
+        """Records the epoch, and saves it if it is the best."""
         logs = {name: float(value) for name, value in (logs or {}).items()}
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         _require(
@@ -1605,7 +1536,7 @@ class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
             history.setdefault(name, []).append(value)
         score = _epoch_scores(history)[-1]
         if self.best is None or score > self.best:
-            self._keep(score)
+            self._save_best(score)
         if self.resume_path is not None:
             save_model(self.model, self.resume_path)
         self._write_log()
@@ -1620,18 +1551,18 @@ class _EpochKeeper(keras.callbacks.Callback):  # type: ignore[misc]
         rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
         _write_text(Path(self.log_path), _table(rows))
 
-    def _keep(self, best: float) -> None:
+    def _save_best(self, score: float) -> None:
         save_model(self.model, self.path)
-        self.best = best  # only now is there a file to restore it from
+        self.best = score  # only now is there a file to restore it from
 
     def restore(self) -> None:
-        """Puts the best epoch back into the model, if there was one."""
+        """Restores the best epoch, if there is one."""
         if self.best is not None:
             self.model.load_weights(self.path)
 
 
 def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
-    """What the best epoch is best in; without validation, in being the last."""
+    """The scores by which the best epoch is the highest; without validation, the last is."""
     if BEST in history:
         return list(history[BEST])
     if "val_loss" in history:
@@ -1639,255 +1570,221 @@ def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
     return [float(epoch) for epoch in range(len(history.get("loss", ())))]
 
 
-@contextlib.contextmanager
-def _naming_the_file(*generators: Any) -> Iterator[None]:
-    """A backend wraps what a generator raises in an error of its own; raises the generator's."""
-    for generator in generators:
-        if hasattr(generator, "failure"):
-            generator.failure = None
-    try:
-        yield
-    except Exception as error:
-        for generator in generators:
-            failure = getattr(generator, "failure", None)
-            if failure is not None:
-                generator.failure = None
-                raise failure from error
-        raise
+class Predictions(np.ndarray[Any, np.dtype[Any]]):
+    """Probabilities that remember how their model thresholds them.
+
+    Attributes:
+        threshold: The threshold.
+        one_region: Whether one region without holes is kept.
+    """
+
+    threshold: float
+    one_region: bool
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.threshold = getattr(source, "threshold", 0.5)
+        self.one_region = getattr(source, "one_region", True)
+
+
+def _remember(
+    probabilities: Array, threshold: float | None = None, one_region: bool | None = None
+) -> Predictions:
+    """A view of probabilities with another threshold or rule; `None` keeps what they remember."""
+    view = np.asanyarray(probabilities).view(Predictions)
+    if threshold is not None:
+        view.threshold = _check_threshold(threshold)
+    if one_region is not None:
+        view.one_region = one_region
+    return view
+
+
+def _check_threshold(threshold: float) -> float:
+    valid = 0 < threshold < 1
+    _require(valid, f"threshold is {threshold}: expected a probability between 0 and 1.")
+    return threshold
 
 
 def predict(
     model: keras.Model,
     generator: ImageGenerator,
     *,
-    mirror: bool = True,
-    one_region: bool = True,
-    verbose: str | int = "auto",
-) -> Array:
-    """Predicts every image of a generator.
+    mirror: bool | None = None,
+    one_region: bool | None = None,
+    verbose: int = 1,
+) -> Predictions:
+    """Predicts every image of a generator, in their order and without augmentation.
 
     Args:
         model: A trained model.
-        generator: The images, taken as they are and in their order; masks are not looked at.
-        mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
-        one_region: Whether to keep the most certain region alone and to fill its holes, as ISIC
-            masks are one region without holes.
-        verbose: Progress display, as in `keras.Model.predict`.
+        generator: The images.
+        mirror: Whether to average the predictions of the four flips of each image (test-time
+            augmentation); `None` for the setting in the record.
+        one_region: Whether a mask of these predictions is one region without holes, as ISIC masks
+            are: the most certain one. `None` for the setting in the record.
+        verbose: 1 for a progress bar.
 
     Returns:
-        Lesion probabilities `float32 (images, height, width, 1)` in the order of
-        `generator.image_paths`; more than 256 MiB of them lie in a file that vanishes with them.
-
-    Raises:
-        SegmentError: If a file cannot be loaded, the frame is not the one of the model, or the
-            disk has no room for the predictions.
+        Probabilities that remember the threshold of the record and `one_region`, which `results`
+        and `restore_masks` apply.
     """
     each = predict_each(model, generator, mirror=mirror, one_region=one_region, verbose=verbose)
-    predictions = _room_for(_prediction_shape(generator))
-    for place, prediction in zip(predictions, each, strict=True):
-        place[...] = prediction
-    return predictions
+    first = next(each)
+    return _remember(np.stack([first, *each]), first.threshold, first.one_region)
 
 
 def predict_each(
     model: keras.Model,
     generator: ImageGenerator,
     *,
-    mirror: bool = True,
-    one_region: bool = True,
-    verbose: str | int = "auto",
-) -> Iterator[Array]:
-    """Predicts as `predict` does, but one part after the other, when its images are asked for.
+    mirror: bool | None = None,
+    one_region: bool | None = None,
+    verbose: int = 1,
+) -> Iterator[Predictions]:
+    """Predicts as `predict` does, and yields `float32 (height, width, 1)` for each image.
 
-    A part has 128 images or one batch: `results` scores those of one while the next is predicted.
-
-    Args:
-        model: A trained model.
-        generator: The images, taken as they are and in their order; masks are not looked at.
-        mirror: Whether each image is predicted in its four mirrorings, which are then averaged.
-        one_region: Whether to keep the most certain region alone and to fill its holes.
-        verbose: Progress display, as in `keras.Model.predict`.
-
-    Yields:
-        Lesion probabilities `float32 (height, width, 1)` in the order of `generator.image_paths`.
-
-    Raises:
-        SegmentError: If a file cannot be loaded, or the frame is not the one of the model.
+    A batch is predicted while the next one loads, so memory does not grow with the images, and
+    `results` scores while the next ones are predicted.
     """
     _check_frame(model, generator)
-    generator = dataclasses.replace(
-        generator, mask_paths=None, shuffle=False, augment=False, workers=generator.workers
+    record = model_record(model)
+    flips = ((), (2,), (1,), (1, 2)) if (record.mirror if mirror is None else mirror) else ((),)
+    one_region = record.one_region if one_region is None else one_region
+    images = dataclasses.replace(
+        generator, shuffle=False, augment=False, whole_batches=False, workers=1
     )
-    network = _mirrored(model) if mirror else model
-    images, size = len(generator.image_paths), generator.batch_size
-    batches = range(math.ceil(images / size))
-    at_once = math.ceil(128 / size)  # batches
-    for first in batches[::at_once]:
-        some = _FullBatches(generator, batches[first : first + at_once])
-        with _naming_the_file(generator), _each_host_alone():
-            predicted = np.asarray(network.predict(some, verbose=verbose))
-        for prediction in predicted[: images - first * size]:
-            if one_region:
-                prediction[..., 0] = _one_region(prediction[..., 0], model_record(model).threshold)
-            yield prediction
+    progress = keras.utils.Progbar(len(images), verbose=verbose, unit_name="batch")
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(images.batch_part, 0)
+        for index in range(len(images)):
+            batch = ahead.result()[..., :3]
+            if index + 1 < len(images):
+                ahead = pool.submit(images.batch_part, index + 1)
+            lesions = _predict_batch(model, _fill_batch(batch, images), flips)
+            progress.add(1)
+            for lesion in lesions[: len(batch)]:
+                yield _remember(lesion, record.threshold, one_region)
 
 
-def _prediction_shape(generator: ImageGenerator) -> tuple[int, ...]:
-    return (len(generator.image_paths), *generator.image_size, 1)
+def _fill_batch(batch: Array, generator: ImageGenerator) -> Array:
+    """Fills up the last batch, so that no other batch size has to be compiled."""
+    wanted = generator.batch_size
+    if keras.distribution.distribution() is None:  # no devices that need equal parts
+        wanted = min(wanted, len(generator.image_paths))
+    return np.pad(batch, ((0, wanted - len(batch)), (0, 0), (0, 0), (0, 0)))
 
 
-def _room_for(shape: tuple[int, ...], in_memory: int = 2**28) -> Array:
-    """A `float32` array, in a file without a name if it takes more bytes than `in_memory`."""
-    size = 4 * math.prod(shape)
-    if size <= in_memory:
-        return np.empty(shape, np.float32)
-    try:
-        with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):  # or a disk that fills up would end the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            return np.memmap(file, np.float32, "w+", shape=shape)
-    except OSError as error:
-        raise SegmentError(
-            f"{tempfile.gettempdir()} has no room for {size} bytes of predictions "
-            f"({error.strerror}): set TMPDIR to a folder that has."
-        ) from error
+def _predict_batch(model: keras.Model, images: Array, flips: Sequence[tuple[int, ...]]) -> Array:
+    """The mean probabilities of all flips, flipped back."""
+    views = np.concatenate([np.flip(images, axes) for axes in flips])  # (flips * N, H, W, 3)
+    with _fused_norms(model), _each_host_alone():
+        # Each device of a TensorFlow strategy returns the whole batch.
+        lesions = model.predict_on_batch(views)[: len(views)]
+    lesions = lesions.reshape(len(flips), *images.shape[:3], 1)
+    back = [np.flip(lesion, axes) for lesion, axes in zip(lesions, flips, strict=True)]
+    return np.asarray(sum(back) / len(back))
 
 
-def _put(arriving: Iterable[Array], places: Array) -> Iterator[Array]:
-    """Puts each array into its place as it arrives, and gives it on from there."""
-    for place, array in itertools.zip_longest(places, arriving):
-        _require(
-            np.shape(place) == np.shape(array),
-            f"These predictions, too few, too many or of shape {np.shape(array)}, do not belong to "
-            f"this generator, which gives {places.shape}: predict with it, and use them once.",
-        )
-        place[...] = array
-        yield place
+def _threshold(
+    prediction: Predictions, size: Size, shape: Size | None = None
+) -> NDArray[np.bool_]:  # fmt: skip
+    """Makes a mask of probabilities `(H, W, 1)`; every mask of the project is made here.
 
-
-class _FullBatches(keras.utils.PyDataset):  # type: ignore[misc]
-    """Some images of a generator, the last batch filled up: nothing is compiled for it anew."""
-
-    def __init__(self, generator: ImageGenerator, batches: range) -> None:
-        super().__init__(workers=generator.workers)
-        self.generator = generator
-        self.batches = batches
-        self._load = functools.lru_cache(2)(self._fill)  # Keras has a look at the first two before
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Array:
-        return self._load(index)
-
-    def _fill(self, index: int) -> Array:
-        images = self.generator.share(self.batches[index], 0, 1)
-        wanted = self.generator.batch_size
-        if keras.distribution.distribution() is None:  # no devices that need equal parts
-            wanted = min(wanted, len(self.generator.image_paths))
-        return np.pad(images, ((0, wanted - len(images)), (0, 0), (0, 0), (0, 0)))
-
-
-def _mirrored(model: keras.Model) -> keras.Model:
-    """The mean of what a model says of an image upright, mirrored, upside down and both."""
-    mirrorings = ((), (2,), (1,), (1, 2))
-    image = keras.Input(model.input_shape[1:])
-    lesion = model(ops.concatenate([ops.flip(image, axes) for axes in mirrorings]))
-    lesion = ops.reshape(lesion, (len(mirrorings), -1, *model.output_shape[1:]))
-    views = [ops.flip(lesion[i], axes) for i, axes in enumerate(mirrorings)]
-    return keras.Model(image, sum(views) / len(views))
-
-
-def _one_region(lesion: Array, threshold: float) -> Array:
-    """Probabilities `(H, W)`, pushed below the threshold outside of the most certain region.
-
-    A dark, clear lesion outweighs a larger stretch of skin that only just passes the threshold.
+    The letterbox of an image of `size` is cropped, resized to `shape` (by default `size`) and
+    thresholded. Then one region is kept.
     """
-    inside = lesion >= threshold
-    regions, count = ndimage.label(inside)
-    weights = ndimage.sum_labels(lesion - threshold, regions, range(1, count + 1))
-    kept = regions == 1 + np.argmax(weights) if count else inside
-    holes = ndimage.binary_fill_holes(kept) & ~kept
-    lesion = np.where(kept, lesion, np.minimum(lesion, 0.999 * threshold))
-    return np.where(holes, np.maximum(lesion, min(1.001 * threshold, 1)), lesion)
+    height, width = shape or size
+    inside = Image.fromarray(np.ascontiguousarray(_crop(prediction, size)[..., 0], np.float32))
+    lesion = np.asarray(inside.resize((width, height), Image.Resampling.BILINEAR))
+    mask = lesion >= prediction.threshold
+    return _one_region(lesion - prediction.threshold, mask) if prediction.one_region else mask
+
+
+def _crop(frame: Array, size: Size) -> Array:
+    """The letterbox of an image of `size` in a frame `(H, W, ...)`."""
+    top, left, height, width = letterbox(size, (frame.shape[0], frame.shape[1]))
+    return frame[top : top + height, left : left + width]
+
+
+def _one_region(margin: Array, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Keeps the region with the highest sum of margins above the threshold, and fills its holes.
+
+    So a dark, clear lesion outweighs a larger stretch of skin that barely exceeds the threshold.
+    """
+    regions, count = ndimage.label(mask)
+    if count > 1:
+        weights = ndimage.sum_labels(margin, regions, range(1, count + 1))
+        mask = regions == 1 + np.argmax(weights)
+    return _fill_holes(mask)
 
 
 def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
-    """Chooses the threshold that gives the highest mean Dice, for `save_model`.
+    """Chooses the threshold with the highest mean Dice, for `save_model`.
+
+    Masks are made as `results` makes them, at the original resolution or, if that is larger, with
+    512 pixels on the long side.
 
     Args:
         generator: Images and masks that the model was not trained on, not shuffled.
-        predictions: Lesion probabilities `(images, height, width, 1)`.
+        predictions: What `predict` returned for them.
 
     Returns:
         A threshold of 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
-
-    Raises:
-        SegmentError: If there are no masks, or the predictions do not belong to the generator.
     """
     _check_predictions(generator, predictions)
-    _masks_of(generator)
-    thresholds = np.array([0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7])
-    dice = np.zeros(len(thresholds))
-    for i, prediction in enumerate(predictions):
-        truth = generator._load(i, generator.epoch)[1]
-        cut = (prediction >= thresholds[:, None, None, None]).astype(np.float32)
-        dice += ops.convert_to_numpy(dice_coefficient(np.broadcast_to(truth, cut.shape), cut))
-    return float(thresholds[np.argmax(dice)])
+    thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
+    choices = [_remember(predictions, threshold) for threshold in thresholds]
+
+    def score(i: int) -> list[float]:
+        size = _size_of(generator.image_paths[i])
+        scale = min(1, 512 / max(size))
+        shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+        truth = load_segmented_image(_masks_of(generator)[i], shape)[..., 0]
+        masks = (_threshold(choice[i], size, shape) for choice in choices)
+        return [score_masks(truth, mask)["dice"] for mask in masks]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        dice = np.mean(list(pool.map(score, range(len(predictions)))), axis=0)
+    return thresholds[int(np.argmax(dice))]
 
 
-def estimate_dice(predictions: Array, *, threshold: float = 0.5) -> NDArray[np.float64]:
-    """Estimates the Dice coefficient of each image without knowing its mask.
+def estimate_dice(predictions: Array, *, threshold: float | None = None) -> NDArray[np.float64]:
+    """Estimates the Dice coefficient of each image without its mask, `float64 (N,)`.
 
-    It is the soft Dice between the predicted mask and the probabilities behind it, low where the
-    mirrorings of an image disagree, less `OUTLINE_DOUBT / sqrt(share)` for a mask that takes a
-    share of the frame: an outline that is slightly off costs a small lesion more.
-
-    Args:
-        predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them.
-        threshold: Probability from which a pixel is lesion, in 0..1.
-
-    Returns:
-        `float64 (images,)` in 0..1, never below 0; 0 for an empty mask.
+    The estimate is the soft Dice of the predicted mask and its probabilities, less
+    `OUTLINE_DOUBT / sqrt(fraction)` for a mask that covers a fraction of the frame: the same
+    outline error costs a small lesion more. It is 0 for an empty mask. With `None`, the threshold
+    is that of the predictions.
     """
     estimates = np.zeros(len(predictions))
-    for i, lesion in enumerate(predictions):
-        mask = lesion >= threshold
+    for i, prediction in enumerate(_remember(predictions, threshold)):
+        mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
         if mask.any():
-            inside = lesion.sum(where=mask, dtype=np.float64)
-            soft = 2 * inside / (lesion.sum(dtype=np.float64) + np.count_nonzero(mask))
+            lesion = np.asarray(prediction, np.float64)[..., 0]
+            soft = 2 * lesion.sum(where=mask) / (lesion.sum() + np.count_nonzero(mask))
             estimates[i] = max(0, soft - OUTLINE_DOUBT / math.sqrt(mask.mean()))
     return estimates
 
 
 def describe_device() -> str:
-    """The backend and the device that it computes on, in one line."""
+    """Returns the device and the backend in one line."""
     backend = keras.backend.backend()
     device = str(ops.zeros(1).device).rpartition("device:")[-1]
     return f"{device} ({backend} {sys.modules[backend].__version__}, Keras {keras.__version__})"
 
 
 def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
-    """Has models that are created and used inside share each batch among several devices.
+    """Shares each batch of the models created and used inside the block among several devices.
 
-    GPUs where there are some, else processors: by `tf.distribute.MirroredStrategy` on TensorFlow,
-    by `keras.distribution.DataParallel` on JAX. The losses are those of one device with the same
-    batches, to rounding. Generators need a `batch_size` that divides and `whole_batches`.
+    These are GPUs if there are any, otherwise processors, by `tf.distribute.MirroredStrategy` or
+    JAX's `keras.distribution.DataParallel`. Losses equal those of one device with the same batches,
+    to rounding. Generators need a `batch_size` that the number of devices divides, and
+    `whole_batches`. One device changes nothing.
 
-    On JAX several hosts may train one model. Each runs the same program, with the variables
+    With JAX several hosts may train one model. Each runs the same program with the variables
     `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` of
-    `keras.distribution.initialize`, enters this context before anything is computed, and loads its
-    own share of every batch. All must save when one does, each to a file of its own.
-
-    Args:
-        devices: How many, those of all hosts together; with 1 everything is as without.
-
-    Returns:
-        A context.
-
-    Raises:
-        SegmentError: If there are not so many devices, the backend cannot share, or the hosts do
-            not find each other.
+    `keras.distribution.initialize`, enters this block before anything is computed, and loads its
+    part of every batch. `devices` counts those of all hosts; all save at the same time, each to its
+    own file.
     """
     backend = keras.backend.backend()
     together = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
@@ -1898,7 +1795,7 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
         except (ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
             raise SegmentError(
-                f"The hosts cannot be joined ({reason}): mend KERAS_DISTRIBUTION_JOB_ADDRESSES, "
+                f"The hosts cannot connect ({reason}): correct KERAS_DISTRIBUTION_JOB_ADDRESSES, "
                 "_NUM_PROCESSES and _PROCESS_ID, or unset them."
             ) from error
     if devices == 1 and not together:
@@ -1906,8 +1803,8 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
     found = keras.distribution.list_devices() if backend in ("tensorflow", "jax") else []
     _require(
         1 < devices <= len(found) and (not together or devices == len(found)),
-        f"{devices} devices were asked for, but {backend} can share batches among {len(found)} "
-        f"({_shorten(found)}): ask for {'all' if together else 'fewer'}.",
+        f"{devices} devices were requested, but {backend} can share batches among {len(found)} "
+        f"({_shorten(found)}): request {'all' if together else 'fewer'}.",
     )
     if backend == "tensorflow":
         strategy = sys.modules["tensorflow"].distribute.MirroredStrategy(found[:devices])
@@ -1920,7 +1817,7 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
 
 
 def _this_host() -> tuple[int, int]:
-    """The number of this host, and how many compute together."""
+    """The number of this host, and the number of hosts."""
     if keras.backend.backend() != "jax":
         return 0, 1
     jax = sys.modules["jax"]
@@ -1929,7 +1826,7 @@ def _this_host() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _each_host_alone() -> Iterator[None]:
-    """Among several hosts each predicts everything, since it cannot read what others hold."""
+    """Lets each of several hosts predict everything, since none can read what others hold."""
     sharing = keras.distribution.distribution()
     if _this_host()[1] > 1:
         keras.distribution.set_distribution(None)
@@ -1940,10 +1837,10 @@ def _each_host_alone() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Has TensorFlow or PyTorch use algorithms alone that compute the same twice, to the last bit.
+    """Makes TensorFlow or PyTorch use only deterministic algorithms.
 
-    JAX does so on the CPU by itself; on a GPU it needs `--xla_gpu_deterministic_ops` in
-    `XLA_FLAGS`. Seeds are set by `keras.utils.set_random_seed`.
+    JAX is deterministic on the CPU; on a GPU it needs `--xla_gpu_deterministic_ops` in `XLA_FLAGS`.
+    Seeds are set by `keras.utils.set_random_seed`.
     """
     backend = sys.modules[keras.backend.backend()]
     if keras.backend.backend() == "tensorflow":
@@ -1953,28 +1850,34 @@ def make_deterministic() -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. Saving: network, split, threshold and history in one .keras file
+# 8. Saving: network and record in one .keras file
 # ----------------------------------------------------------------------------------------------
 
 RECORD_MEMBER = "segment.json"  # inside the .keras file, which is a zip archive; Keras ignores it
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 
 
 @dataclasses.dataclass
 class ModelRecord:
-    """What a model file knows besides the network, so that evaluation needs nothing else.
+    """What a model file holds besides the network, so that evaluation needs nothing else.
 
     Attributes:
-        split: File names of the images under `"train"`, `"val"` and `"test"`.
-        threshold: Probability from which a pixel is lesion, in 0..1.
-        history: A value an epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on.
-        origin: How the model came about, as far as told: options, versions, checksum of the data.
-        geometry: How images were fitted into the frame.
+        split: Ids of the images under `"train"`, `"val"` and `"test"`.
+        threshold: Threshold of the masks.
+        mirror: Whether `predict` averages the four flips.
+        one_region: Whether a mask is one region without holes.
+        batch_size: Images per batch in training.
+        history: A value per epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on.
+        origin: How the model was trained: options, versions, checksums of the data.
+        geometry: How images are fitted into the frame.
         format: Version of the record.
     """
 
     split: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     threshold: float = 0.5
+    mirror: bool = True
+    one_region: bool = True
+    batch_size: int = 8
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     geometry: str = "letterbox"
@@ -1982,7 +1885,7 @@ class ModelRecord:
 
 
 def model_record(model: keras.Model) -> ModelRecord:
-    """The record that belongs to a model; an empty one for a model that has none yet."""
+    """Returns the record of a model; a new model gets a default one."""
     if not isinstance(getattr(model, "record", None), ModelRecord):
         model.record = ModelRecord()
     record: ModelRecord = model.record
@@ -1995,71 +1898,71 @@ def save_model(
     *,
     split: Sequence[Pairs] | None = None,
     threshold: float | None = None,
+    mirror: bool | None = None,
+    one_region: bool | None = None,
     optimizer: bool = True,
 ) -> None:
-    """Saves a model in one `.keras` file, whole or not at all.
+    """Saves a model and its record in one `.keras` file, which is never incomplete.
 
     Args:
-        model: The model; its record is saved with it.
-        path: A file name that ends in `.keras`; folders are made, a file there is replaced.
-        split: `(train, val, test)` as `train_val_test_split` returned it; as before if `None`.
-        threshold: Probability from which a pixel is lesion; as before if `None`.
-        optimizer: Whether to save the optimizer with it, for further training. Without, the file
-            is a third as large and predicts in float32.
-
-    Raises:
-        SegmentError: If the name does not end in `.keras`, the file cannot be written, or the
-            threshold is not between 0 and 1.
+        model: The model.
+        path: File name that ends in `.keras`; folders are created, an existing file is replaced.
+        split: `(train, val, test)` of `train_val_test_split`, for the record. This and the next
+            three stay as they are in the record if they are `None`.
+        threshold: Threshold of the masks.
+        mirror: Whether `predict` averages the four flips.
+        one_region: Whether a mask is one region without holes.
+        optimizer: Whether to save the optimizer, which further training needs. Without it the file
+            is a third as large and computes in float32.
     """
     _check_file_to_write(path, ".keras")
     record = model_record(model)
     if split is not None:
-        record.split = _split_names(split)
+        record.split = _split_ids(split)
     if threshold is not None:
         record.threshold = _check_threshold(threshold)
+    record.mirror = record.mirror if mirror is None else mirror
+    record.one_region = record.one_region if one_region is None else one_region
     with _written_whole(path) as temporary:
-        (model if optimizer else _bare(model)).save(temporary)
+        (model if optimizer else _float32_copy(model)).save(temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(RECORD_MEMBER, json.dumps(dataclasses.asdict(record), indent=1))
 
 
-def _bare(model: keras.Model) -> keras.Model:
-    """A copy without optimizer, its layers in float32."""
-    config = json.dumps(model.get_config()).replace("mixed_bfloat16", "float32")
-    bare = keras.Model.from_config(json.loads(config))
-    bare.set_weights(model.get_weights())
-    return bare
+def _float32_copy(model: keras.Model) -> keras.Model:
+    """An uncompiled copy whose layers compute in float32."""
+
+    def in_float32(layer: keras.Layer) -> keras.Layer:
+        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+    network = keras.Model(model.inputs, model.outputs, name=model.name)  # not compiled
+    copy = keras.models.clone_model(network, clone_function=in_float32)
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def load_model(path: StrPath = PRETRAINED) -> keras.Model:
-    """Loads a model that `save_model` wrote; without a path the trained one that comes along.
+    """Loads a model that `save_model` wrote, by default the pretrained one.
 
-    Nothing that the file holds is executed (Keras' safe mode).
-
-    Args:
-        path: The `.keras` file.
-
-    Returns:
-        The model, compiled as it was, its record under `model_record`. A plain Keras file gets an
-        empty record.
+    Nothing in the file is executed (Keras' safe mode). The model is compiled as it was saved; a
+    plain Keras file gets a default record.
 
     Raises:
-        SegmentError: If there is no such file, or it is not a whole, known model file.
+        SegmentError: If there is no such file, it is damaged, or it is not a segmentation model.
     """
     what = "is a folder" if Path(path).is_dir() else "there is no such file"
     _require(Path(path).is_file(), f"{path}: {what}; give a model file that save_model wrote.")
     whole = Path(path).suffix == ".keras" and zipfile.is_zipfile(path)
-    _require(whole, f"{path}: not a .keras file, or cut short; give one that save_model wrote.")
+    _require(whole, f"{path}: not a .keras file, or truncated; give one that save_model wrote.")
     try:
-        _check_members(path)
+        _check_declared_size(path)
         record = _read_record(path)
-        _check_weights(path)
-        model = _fuse_norms(keras.saving.load_model(path, safe_mode=True))
+        model = keras.saving.load_model(path, safe_mode=True)
         model.record = record
         shapes = model.input_shape, model.output_shape
     except SegmentError:
         raise
-    except Exception as error:  # anything at all can be wrong with a file from elsewhere
+    except Exception as error:  # a file from elsewhere can fail in any way
         reason = str(error).strip().split("\n")[0]
         raise SegmentError(f"{path}: not a whole, safe Keras 3 model file ({reason}).") from error
     if shapes[0][3:] != (3,) or shapes[1] != (*shapes[0][:3], 1) or None in shapes[0][1:]:
@@ -2070,58 +1973,25 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     return model
 
 
-def _check_members(path: StrPath) -> None:
-    """Refuses what a model file does not need, or would fill the memory, before reading it."""
+def _check_declared_size(path: StrPath) -> None:
+    """Refuses a file that declares far more than it has bytes for, before memory is taken."""
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    expected = {"metadata.json", "config.json", "model.weights.h5", RECORD_MEMBER}
-    odd = [member.filename for member in members if member.filename not in expected]
-    _require(not odd, f"{path} holds what no model file does ({_shorten(odd)}): do not trust it.")
-    size = sum(member.file_size for member in members)
-    _require(
-        size <= 2 * os.path.getsize(path) + 2**24,
-        f"{path} would unpack to {size} bytes, far more than it has: do not trust it.",
-    )
-
-
-def _check_weights(path: StrPath) -> None:
-    """Refuses a file that declares more weights, in either place, than it has bytes for."""
-    with zipfile.ZipFile(path) as archive:
-        config, weights = json.loads(archive.read("config.json")), archive.read("model.weights.h5")
-    compiled = {**(config.pop("compile_config", None) or {}), "optimizer": None}
-    items: list[Any] = []
-    links: list[Any] = []
-    with h5py.File(io.BytesIO(weights)) as file:
-        file.visititems(lambda _, item: items.append(item))
-        file.visititems_links(lambda _, link: links.append(link))
-        size = sum(getattr(item, "nbytes", 0) for item in items)
-        elsewhere = any(getattr(item, "external", None) for item in items)
-    elsewhere = elsewhere or any(not isinstance(link, h5py.HardLink) for link in links)
-    _require(not elsewhere, f"{path} has weights that lie elsewhere: do not trust it.")
-    # In a thread of its own, since Keras remembers by thread which variables have no values yet.
-    with ThreadPoolExecutor(1) as pool:
+        size = sum(member.file_size for member in archive.infolist())
+        _require(
+            size <= 2 * os.path.getsize(path) + 2**24,
+            f"{path} would unpack to {size} bytes, far more than it has: do not trust it.",
+        )
+        config = json.loads(archive.read("config.json"))
+    config.pop("compile_config", None)
+    with ThreadPoolExecutor(1) as pool:  # Keras' scope without memory belongs to a thread
         count = pool.submit(_count_parameters, config).result()
-    _require(
-        max(size, count) <= len(weights),
-        f"{path} declares {count} weights and {size} bytes of them, but holds {len(weights)}: do "
-        "not trust it.",
-    )
-    largest = max(_integers(compiled), default=0)  # such as the classes of a confusion matrix
-    _require(largest <= 1024, f"{path} has metrics of size {largest}: do not trust it.")
+    _require(count <= size, f"{path} declares {count} weights in {size} bytes: do not trust it.")
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
-    """How many a network would have, without the memory for them."""
+    """Counts the weights of a network without memory for them."""
     with keras.StatelessScope(initialize_variables=False):
         return int(keras.saving.deserialize_keras_object(config).count_params())
-
-
-def _integers(tree: Any) -> list[int]:
-    """All whole numbers of a JSON document."""
-    if isinstance(tree, int):
-        return [tree]
-    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return [number for branch in branches for number in _integers(branch)]
 
 
 def _read_record(path: StrPath) -> ModelRecord:
@@ -2134,29 +2004,35 @@ def _read_record(path: StrPath) -> ModelRecord:
             f"{path} was written by a newer version (format {fields['format']}, geometry "
             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py."
         )
-    # Values of another type raise here rather than where they are used.
+    if fields["format"] == 1:  # held file names rather than ids, and settings among the options
+        options = fields.get("origin", {}).get("options", {})
+        settings = ("mirror", "one_region", "batch_size")
+        fields = {**{name: options[name] for name in settings if name in options}, **fields}
+        split = {part: list(map(image_id, names)) for part, names in fields["split"].items()}
+        fields["split"] = split
+    # Values of another type fail here rather than where they are used.
     record = ModelRecord(
-        split={part: [str(name) for name in names] for part, names in fields["split"].items()},
+        split={part: [str(id_) for id_ in ids] for part, ids in fields["split"].items()},
         threshold=float(fields["threshold"]),
+        mirror=fields.get("mirror", True),
+        one_region=fields.get("one_region", True),
+        batch_size=int(fields.get("batch_size", 8)),
         history={name: list(map(float, curve)) for name, curve in fields["history"].items()},
-        origin={"options": {}, **fields.get("origin", {})},
+        origin=dict(fields.get("origin", {})),
     )
     lengths = [len(curve) for curve in record.history.values()]
-    valid = 0 < record.threshold < 1 and isinstance(record.origin["options"], dict)
+    valid = 0 < record.threshold < 1 and record.batch_size in range(1, 2**16)
+    valid = valid and {type(record.mirror), type(record.one_region)} == {bool}
     valid = valid and all(0 < length <= len(record.history["loss"]) for length in lengths)
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
     return record
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:
-    """Puts the weights of a model file into a model, whatever the frames of both are.
-
-    Args:
-        model: What `create_model` returned; changed in place.
-        path: The `.keras` file of a model of as many filters.
+    """Loads the weights of a model file into a model, which may have another frame.
 
     Raises:
-        SegmentError: If the file cannot be loaded, or is of another network.
+        SegmentError: If the file cannot be loaded, or holds another network.
     """
     model.set_weights(_load_same_network(path, model).get_weights())
 
@@ -2164,161 +2040,74 @@ def load_weights(model: keras.Model, path: StrPath) -> None:
 def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
     loaded = load_model(path)
     found, expected = ([weight.shape for weight in unet.weights] for unet in (loaded, model))
-    _require(found == expected, f"{path} is of another network: give one with the same layers.")
+    _require(found == expected, f"{path} holds another network: give one with the same layers.")
     return loaded
 
 
-def _split_names(split: Sequence[Pairs]) -> dict[str, list[str]]:
+def _split_ids(split: Sequence[Pairs]) -> dict[str, list[str]]:
     parts = zip(("train", "val", "test"), split, strict=True)
-    return {name: [Path(image).name for image in images] for name, (images, _) in parts}
+    return {name: [image_id(image) for image in images] for name, (images, _) in parts}
 
 
 def stored_test_split(
-    model: keras.Model,
-    image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath],
-    *,
-    left_out: Iterable[StrPath] = (),
+    model: keras.Model, image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]
 ) -> Pairs:
-    """The test set that was put aside when the model was trained.
-
-    Args:
-        model: A loaded model.
-        image_paths: Image files of the folder that it was trained on.
-        mask_paths: Their masks, in the same order.
-        left_out: Images of the test set to do without.
-
-    Returns:
-        `(image_paths, mask_paths)` of the test set, in the order of the split.
+    """Returns the test set that was held out when the model was trained, in its order.
 
     Raises:
-        SegmentError: If the model holds no test set, or part of it is not among the images.
+        SegmentError: If the record has no test set, or part of it is not among the images.
     """
-    without = {Path(image).name for image in left_out}
-    names = [name for name in model_record(model).split.get("test", ()) if name not in without]
-    _require(bool(names), "The model file names no test set: score every image (with --all).")
-    pairs = zip(map(str, image_paths), map(str, mask_paths), strict=True)
-    found = {Path(image).name: (image, mask) for image, mask in pairs}
-    missing = [name for name in names if name not in found]
+    ids = model_record(model).split.get("test", [])
+    _require(bool(ids), "The model file names no test set: score every image (with --all).")
+    found = {image_id(image): (image, mask) for image, mask in _zip_pairs(image_paths, mask_paths)}
+    missing = [id_ for id_ in ids if id_ not in found]
     _require(
         not missing,
-        f"This is not the folder that the model was trained on: {len(missing)} of its {len(names)} "
+        f"This is not the folder that the model was trained on: {len(missing)} of its {len(ids)} "
         f"test images are not among the {len(found)} images ({_shorten(missing)}). Give that "
         "folder, or score every image of this one (with --all).",
     )
-    return _unzip([[found[name] for name in names]])
+    return _unzip([[found[id_] for id_ in ids]])
 
 
 def image_ids_seen(model: keras.Model, image_paths: Sequence[StrPath]) -> list[str]:
-    """Ids of those images that the model was trained or validated on, by name, in order."""
+    """Returns the ids of the images that the model was trained or validated on, in order."""
     split = model_record(model).split
-    seen = {image_id(name) for part in ("train", "val") for name in split.get(part, ())}
-    return [image_id(path) for path in image_paths if image_id(path) in seen]
-
-
-def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
-    """Complains before the work, not after it; makes the folder."""
-    path = Path(path)
-    _require(path.name.endswith(suffix), f"{path} does not end in {suffix}: give a name that does.")
-    _require(not path.is_dir(), f"{path} is a folder: give the name of a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SegmentError(f"{path}: cannot be written ({error.strerror}).") from error
-    writable = os.access(path.parent, os.W_OK)
-    _require(writable, f"{path}: cannot be written (the folder does not allow it).")
-
-
-@contextlib.contextmanager
-def _written_whole(path: StrPath) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place only when it is complete."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}{path.suffix}")
-    _check_file_to_write(path)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut might keep the new name and not the content
-        temporary.replace(path)
-    except OSError as error:
-        raise SegmentError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed left half-written, which takes seconds to write."""
-    for path in folder.glob(".*"):
-        with contextlib.suppress(OSError):
-            old = path.stat().st_mtime < time.time() - 3600
-            if old and re.fullmatch(r"\.\d+-\d+\.\w+", path.name):
-                path.unlink()
+    seen = {*split.get("train", ()), *split.get("val", ())}
+    return [id_ for id_ in map(image_id, image_paths) if id_ in seen]
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Results: every image at its own size, numbers first, then figures
+# 9. Results: every image at its original resolution, numbers first, then figures
 # ----------------------------------------------------------------------------------------------
 
 
 def restore_masks(
-    generator: ImageGenerator, predictions: Array, *, threshold: float = 0.5
+    generator: ImageGenerator, predictions: Array, *, threshold: float | None = None
 ) -> Iterator[NDArray[np.bool_]]:
-    """Puts predictions back onto the original pictures, one at a time.
-
-    The inverse of `letterbox`: the box is cropped, resized to the picture's own size, and cut.
+    """Yields masks, `bool (height, width)` at the original resolution, one at a time.
 
     Args:
-        generator: What the predictions were made from.
-        predictions: Lesion probabilities `(images, height, width, 1)`.
-        threshold: Probability from which a pixel is lesion, in 0..1.
-
-    Yields:
-        `bool (height, width)` at each picture's own size, in the order of `generator.image_paths`.
-
-    Raises:
-        SegmentError: If the predictions do not belong to the generator.
+        generator: The images that were predicted.
+        predictions: What `predict` returned.
+        threshold: The threshold; `None` for that of the predictions.
     """
     _check_predictions(generator, predictions)
-    _check_threshold(threshold)
-    for path, prediction in zip(generator.image_paths, predictions, strict=True):
-        yield _restore_mask(path, prediction, threshold)
+    lesions = _remember(predictions, threshold)
+    for path, prediction in zip(generator.image_paths, lesions, strict=True):
+        yield _threshold(prediction, _size_of(path))
 
 
-def _restore_mask(path: str, prediction: Array, threshold: float) -> NDArray[np.bool_]:
-    size = _size_of(path)
-    inside = Image.fromarray(_crop(prediction, size)[..., 0].astype(np.float32))
-    return np.asarray(inside.resize((size[1], size[0]), Image.Resampling.BILINEAR)) >= threshold
-
-
-def _crop(frame: Array, size: Size) -> Array:
-    """The part of a frame `(H, W, ...)` in which a picture of `size` lies."""
-    top, left, height, width = letterbox(size, (frame.shape[0], frame.shape[1]))
-    return frame[top : top + height, left : left + width]
-
-
-def _check_predictions(generator: ImageGenerator, predictions: Array) -> None:
-    expected = _prediction_shape(generator)
+def _check_predictions(generator: ImageGenerator, predictions: Array | Iterator[Array]) -> None:
+    expected = (len(generator.image_paths), *generator.image_size, 1)
+    shape = predictions.shape if isinstance(predictions, np.ndarray) else expected
     _require(
-        predictions.shape == expected,
-        f"Predictions of shape {predictions.shape} do not belong to this generator, which gives "
-        f"{expected}: predict with it.",
+        shape == expected,
+        f"Predictions of shape {shape} do not belong to this generator, which gives {expected}: "
+        "predict with it.",
     )
-    _require(
-        not generator.shuffle,
-        "The predictions of a generator that shuffles cannot be told apart: use shuffle=False.",
-    )
-
-
-def _check_threshold(threshold: float) -> float:
-    valid = 0 < threshold < 1
-    _require(valid, f"threshold is {threshold}: expected a probability between 0 and 1.")
-    return threshold
-
-
-def _write_mask(mask: NDArray[np.bool_], image_path: str, output_dir: StrPath) -> None:
-    with _written_whole(Path(output_dir) / f"{image_id(image_path)}_segmentation.png") as temporary:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
+    _require(not generator.shuffle, "The order of a generator that shuffles is unknown: use "
+             "shuffle=False.")  # fmt: skip
 
 
 def results(
@@ -2326,134 +2115,127 @@ def results(
     predictions: Array | Iterator[Array],
     *,
     num_imgs: int = 4,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     history: Mapping[str, Sequence[float]] | None = None,
     output_dir: StrPath | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Scores each prediction at its picture's own size; prints, draws and writes the outcome.
+    """Scores each image at its original resolution; prints, plots and writes the results.
 
-    Prints the summary and the worst images. Draws the first `num_imgs` images with target and
-    prediction, the `num_imgs` worst ones with both contours, the histogram of Dice, and the
-    learning curves. A notebook shows these figures; a script gets them through `output_dir`.
-    Images without masks are estimated instead of scored, and all of them outlined in `overlays/`.
+    Prints a summary with the worst images. Plots the first `num_imgs` images with target and
+    prediction, the `num_imgs` worst ones with both outlines, the histogram of Dice, and the
+    learning curves. A notebook shows the figures. Images without masks get an estimate instead of
+    scores, and an outline in `overlays/`.
 
     Args:
-        test_generator: The images, not shuffled, with their masks or without.
-        predictions: Lesion probabilities `(images, height, width, 1)`, as `predict` returned them,
-            or what `predict_each` returned: then scored while the next are predicted.
-        num_imgs: How many images to draw in each of the two forms.
-        threshold: Probability from which a pixel is lesion, in 0..1.
+        test_generator: The images, not shuffled, with or without masks.
+        predictions: What `predict` or `predict_each` returned.
+        num_imgs: Number of images in each of the two figures.
+        threshold: The threshold; `None` for that of the predictions.
         history: `model_record(model).history`, for the learning curves.
-        output_dir: Folder for `scores.csv` (a row an image, full precision), `summary.json`, the
-            figures as PNG (20 images each), and the predicted masks under `masks/`. Files of these
-            names are replaced, others stay.
-        notes: What else `summary.json` shall say.
+        output_dir: Folder for `scores.csv` (a row per image, full precision), `summary.json`, the
+            figures (PNG, 20 images each) and `masks/`. Files of these names are replaced.
+        notes: Further entries of `summary.json`.
 
     Returns:
-        For each image, in the order of the generator, its `"id"`, the scores in `METRICS` (with a
-        mask) and `"estimated_dice"`.
+        For each image its `"id"`, the scores in `METRICS` if it has a mask, and
+        `"estimated_dice"`.
 
     Raises:
-        SegmentError: If a file cannot be loaded or written, a mask has not its image's size, or the
-            predictions do not belong to the generator.
+        SegmentError: If a file cannot be loaded or written, a mask is not of its image's size, or
+            the predictions do not belong to the generator.
     """
+    _check_predictions(test_generator, predictions)
     output = None if output_dir is None else Path(output_dir)
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
-    arriving = iter(predictions)
-    if not isinstance(predictions, np.ndarray):
-        predictions = _room_for(_prediction_shape(test_generator))
-        arriving = _put(arriving, predictions)
-    _check_predictions(test_generator, predictions)
-    scores = _score_images(test_generator, arriving, threshold, output)
-    summary = {"threshold": threshold, **(notes or {}), **summarize(scores)}
+    lesions = (_remember(prediction, threshold) for prediction in predictions)
+    scores, drawn = [], dict[int, Predictions]()
+    for i, (score, lesion) in enumerate(_score_each(test_generator, lesions, output)):
+        scores.append(score)
+        drawn[i] = lesion
+        later = [k for k in drawn if k >= num_imgs]
+        if len(later) > num_imgs:  # keep only what is drawn
+            del drawn[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
+    summary = {"threshold": lesion.threshold, **(notes or {}), **summarize(scores)}
     print(_report(summary))
     if output:
         _write_text(output / "scores.csv", _table(scores))
         _write_text(output / "summary.json", json.dumps(summary, indent=1))
-    figures = _figures(test_generator, predictions, scores, num_imgs, threshold, history)
-    for name, figure in figures:
+    for name, figure in _figures(test_generator, drawn, scores, num_imgs, history):
         if output:
             save_figure(figure, output / f"{name}.png")
         _show(figure)
     return scores
 
 
-def _score_images(
-    generator: ImageGenerator, arriving: Iterator[Array], threshold: float, output: Path | None
-) -> list[dict[str, Any]]:
-    """Scores (and writes) full-size masks as predictions arrive, one on each processor."""
-    _check_threshold(threshold)
-    masks = generator.mask_paths or itertools.repeat(None)
-    pool, scores = ThreadPoolExecutor(os.cpu_count()), list[Future[dict[str, Any]]]()
+def _score_each(
+    generator: ImageGenerator, predictions: Iterator[Predictions], output: Path | None
+) -> Iterator[tuple[dict[str, Any], Predictions]]:
+    """Scores predictions as they arrive, one on each processor; at most 64 wait."""
+    masks: Sequence[StrPath | None] = generator.mask_paths or [None] * len(generator.image_paths)
+    waiting: list[tuple[Future[dict[str, Any]], Predictions]] = []
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for image in zip(arriving, generator.image_paths, masks, strict=False):
-            scores.append(pool.submit(_score_image, threshold, output, *image))
-            if len(scores) >= 128:  # no more shall wait, nor an error for the end
-                scores[-128].result()
-        return [score.result() for score in scores]
+        for image, mask, prediction in itertools.zip_longest(
+            generator.image_paths, masks, predictions
+        ):
+            shape = np.shape(prediction)
+            _require(
+                image is not None and shape == (*generator.image_size, 1),
+                f"These predictions, too few, too many or of shape {shape}, do not belong to this "
+                f"generator of {len(masks)} images of {generator.image_size}: predict with it, and "
+                "use them once.",
+            )
+            score = pool.submit(_score_image, prediction, str(image), mask, output)
+            waiting.append((score, prediction))
+            if len(waiting) > 64:
+                score, prediction = waiting.pop(0)
+                yield score.result(), prediction
+        yield from ((score.result(), prediction) for score, prediction in waiting)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _score_image(
-    threshold: float,
-    output_dir: Path | None,
-    prediction: Array,
-    image_path: str,
-    mask_path: str | None,
+    prediction: Predictions, image_path: str, mask_path: StrPath | None, output: Path | None
 ) -> dict[str, Any]:
-    mask = _restore_mask(image_path, prediction, threshold)
+    mask = _threshold(prediction, _size_of(image_path))
     scores: dict[str, Any] = {"id": image_id(image_path)}
     if mask_path is not None:
-        _check_same_size(image_path, mask_path)
+        _check_same_size(image_path, str(mask_path))
         scores |= score_masks(load_segmented_image(mask_path, None)[..., 0], mask)
-    if output_dir is not None:
-        _write_mask(mask, image_path, output_dir / "masks")
-    if output_dir is not None and mask_path is None:
-        _write_overlay(mask, image_path, output_dir / "overlays")
-    (estimate,) = estimate_dice(prediction[None], threshold=threshold)
+    if output is not None:
+        with _written_whole(output / "masks" / f"{scores['id']}_segmentation.png") as temporary:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
+    if output is not None and mask_path is None:
+        _write_overlay(mask, image_path, output / "overlays" / f"{scores['id']}_overlay.jpg")
+    (estimate,) = estimate_dice(prediction[None])
     return {**scores, "estimated_dice": float(estimate)}
 
 
-def _write_overlay(mask: NDArray[np.bool_], image_path: str, output_dir: Path) -> None:
-    """The picture at its own size, the predicted lesion outlined."""
+def _write_overlay(mask: NDArray[np.bool_], image_path: str, path: Path) -> None:
+    """Writes the image at its original resolution with the predicted outline."""
     picture = load_input_image(image_path, None).copy()
     width = 1 + max(mask.shape) // 400
     picture[mask & ~ndimage.binary_erosion(mask, iterations=width)] = (255, 0, 255)
-    with _written_whole(output_dir / f"{image_id(image_path)}_overlay.jpg") as temporary:
+    with _written_whole(path) as temporary:
         Image.fromarray(picture).save(temporary, quality=90)
 
 
-def _masks_of(generator: ImageGenerator) -> list[str]:
-    if generator.mask_paths is None:
-        raise SegmentError(
-            "This needs the masks of the images: create the generator with mask_paths (predict "
-            "and results do without)."
-        )
-    return generator.mask_paths
-
-
 def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums the scores of many images up, beyond their mean.
-
-    Args:
-        scores: What `results` returned, at least one image.
+    """Summarizes the scores that `results` returned, beyond their mean.
 
     Returns:
-        `{"images": count, "doubtful": {id: estimated Dice}}` of the ten lowest, and for each score
-        `{"mean", "median", "std", "p10", "min"}`. With masks also `"worst": {id: Dice}` of the ten
-        lowest, `"failures"`, the number of images with a Jaccard below 0.65, and how well the
-        estimate tells them: `"estimate_rank_correlation"` (Spearman's, with Dice) and
-        `"estimate_roc_area"` (for failures), `None` where they are not defined.
-
-    Raises:
-        SegmentError: If there is no score.
+        `{"images": count, "doubtful": {id: estimated Dice}}` of the ten lowest estimates, and for
+        each score `{"mean", "median", "std", "p10", "min"}`. With masks also `"worst": {id: Dice}`
+        of the ten lowest, the number of `"failures"`, `"estimate_rank_correlation"` (Spearman's,
+        with Dice) and `"estimate_roc_auc"` (how well the estimate separates failures from
+        successes); both are `None` where they are undefined.
     """
-    _require(len(scores) > 0, "There are no scores to sum up: score at least one image.")
+    _require(len(scores) > 0, "There are no scores to summarize: score at least one image.")
     columns = {name: [score[name] for score in scores] for name in scores[0]}
     ids = columns.pop("id")
     summary: dict[str, Any] = {"images": len(scores)}
@@ -2462,7 +2244,13 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             lowest = np.argsort(columns[name], kind="stable")[:10]
             summary[title] = {ids[i]: columns[name][i] for i in lowest}
     if "dice" in columns:
-        summary.update(_judge_estimate(columns))
+        dice, estimate = columns["dice"], columns["estimated_dice"]
+        failed = np.array(columns["jaccard"]) < JACCARD_FAILURE
+        varied = min(len(set(dice)), len(set(estimate))) > 1
+        rank = float(stats.spearmanr(dice, estimate).statistic) if varied else None
+        auc = float(roc_auc_score(~failed, estimate)) if len(set(failed)) > 1 else None
+        summary["failures"] = int(failed.sum())
+        summary |= {"estimate_rank_correlation": rank, "estimate_roc_auc": auc}
     for name, values in columns.items():
         p10, median = np.percentile(values, (10, 50))
         numbers = (np.mean(values), median, np.std(values), p10, min(values))
@@ -2471,68 +2259,49 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _judge_estimate(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    dice, estimate = columns["dice"], columns["estimated_dice"]
-    failed = np.array(columns["jaccard"]) < JACCARD_FAILURE
-    varied = min(len(set(dice)), len(set(estimate))) > 1
-    rank = float(stats.spearmanr(dice, estimate).statistic) if varied else None
-    area = float(roc_auc_score(~failed, estimate)) if len(set(failed)) > 1 else None
-    return {
-        "failures": int(failed.sum()),
-        "estimate_rank_correlation": rank,
-        "estimate_roc_area": area,
-    }
-
-
 def _report(summary: Mapping[str, Any]) -> str:
-    """The printed summary: a table of the scores, the failures, where to look first."""
+    """The printed summary: a table of the scores, the failures, the images to look at first."""
     scored = "dice" in summary
     verb = "scored" if scored else "segmented"
-    lines = [f"{summary['images']} images, each {verb} at its own size"]
-    lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in REPORTED))
+    lines = [f"{summary['images']} images, each {verb} at its original resolution"]
+    columns = ("mean", "median", "p10", "min")
+    lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in columns))
     for name in filter(summary.__contains__, (*METRICS, "estimated_dice")):
-        values = "".join(f"{summary[name][column]:10.6f}" for column in REPORTED)
+        values = "".join(f"{summary[name][column]:10.6f}" for column in columns)
         lines.append(f"{name.replace('_', ' '):20}{values}")
     if scored:
         share = summary["failures"] / summary["images"]
-        lines.append(f"Jaccard below {JACCARD_FAILURE}: {summary['failures']} images ({share:.1%})")
-    titles = {"worst": "Worst images by Dice", "doubtful": "To look at first, by estimated Dice"}
+        lines.append(f"Failures (Jaccard < {JACCARD_FAILURE}): {summary['failures']} ({share:.1%})")
+    titles = {"worst": "Worst images by Dice", "doubtful": "Check first, by estimated Dice"}
     for name in filter(summary.__contains__, titles):
         lines.append(f"{titles[name]}:")
         lines += [f"  {id_}  {dice:.6f}" for id_, dice in list(summary[name].items())[:5]]
     return "\n".join(lines)
 
 
-def _table(scores: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(scores[0]), lineterminator="\n")
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(scores)
+    writer.writerows(rows)
     return table.getvalue()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _figures(
     generator: ImageGenerator,
-    predictions: Array,
+    predictions: Mapping[int, Predictions],
     scores: Sequence[Mapping[str, Any]],
     num_imgs: int,
-    threshold: float,
     history: Mapping[str, Sequence[float]] | None,
 ) -> Iterator[tuple[str, Figure]]:
-    """The figures of `results` by file name; 20 images a figure, which its first one numbers."""
+    """The figures of `results` by file name; each shows up to 20 images."""
     drawn = min(num_imgs, len(scores))
-    key = "dice" if "dice" in scores[0] else "estimated_dice"
-    worst = sorted(range(len(scores)), key=lambda i: scores[i][key])[:drawn]
+    worst = sorted(range(len(scores)), key=lambda i: _shown_score(scores[i])[1])[:drawn]
     for name, indices in (("predictions", range(drawn)), ("worst", worst)):
         for start in range(0, drawn, 20):
             page = indices[start : start + 20]
             figure = plot_predictions(
-                generator, predictions, scores, page, threshold=threshold, contours=name == "worst"
+                generator, predictions, scores, page, contours=name == "worst"
             )
             yield name + f"_{start + 1}" * (drawn > 20), figure
     yield "histogram", plot_dice_histogram(scores)
@@ -2540,37 +2309,40 @@ def _figures(
         yield "training", plot_history(history)
 
 
+def _shown_score(score: Mapping[str, Any]) -> tuple[str, float]:
+    """The name and value of Dice, or of its estimate for an image without a mask."""
+    if "dice" in score:
+        return "Dice", score["dice"]
+    return "estimated Dice", score["estimated_dice"]
+
+
 def plot_predictions(
     generator: ImageGenerator,
-    predictions: Array,
+    predictions: Array | Mapping[int, Array],
     scores: Sequence[Mapping[str, Any]],
     indices: Sequence[int],
     *,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     contours: bool = False,
 ) -> Figure:
-    """Draws a row of input, target and prediction for each chosen image, with id and Dice.
+    """Plots input, target and prediction of the chosen images, with id and Dice.
 
     Args:
         generator: The images; without masks there is no target.
-        predictions: Lesion probabilities `(images, height, width, 1)`.
+        predictions: What `predict` returned, or a part of it by index.
         scores: What `results` returned.
-        indices: Which images to draw, in this order.
-        threshold: Probability from which a pixel is lesion, in 0..1.
+        indices: The images to plot, in this order, at least one.
+        threshold: The threshold; `None` for that of the predictions.
         contours: Whether to draw the outlines of target and prediction over the input.
-
-    Returns:
-        The figure.
     """
+    _require(len(indices) > 0, "indices is empty: expected at least one image to plot.")
     columns = 2 if generator.mask_paths is None else 3
     figure, axes = _subplots(len(indices), columns, width=8, height=0.4 + 2.2 * len(indices))
     for row, i in enumerate(indices):
-        masks = _masks_to_draw(generator, predictions[i], i, threshold)
-        image = load_input_image(generator.image_paths[i], generator.image_size)
-        image = _crop(image, _size_of(generator.image_paths[i]))
-        kind = "dice" if "dice" in scores[i] else "estimated_dice"
+        image, masks = _picture_and_masks(generator, _remember(predictions[i], threshold), i)
+        name, value = _shown_score(scores[i])
         titles = [scores[i]["id"], *masks]
-        titles[-1] += f", {kind.replace('_d', ' D').replace('dice', 'Dice')} {scores[i][kind]:.4f}"
+        titles[-1] += f", {name} {value:.4f}"
         cells = axes[columns * row : columns * (row + 1)]
         for cell, picture, title in zip(cells, (image, *masks.values()), titles, strict=True):
             cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
@@ -2583,22 +2355,23 @@ def plot_predictions(
     return figure
 
 
-def _masks_to_draw(
-    generator: ImageGenerator, prediction: Array, i: int, threshold: float
-) -> dict[str, Array]:
-    """Target, if there is one, and prediction of an image, without the frame's black bars."""
-    size = _size_of(generator.image_paths[i])
-    masks = {"Prediction": _crop(prediction[..., 0] >= threshold, size)}
-    if generator.mask_paths is None:
-        return masks
-    target = load_segmented_image(generator.mask_paths[i], generator.image_size)[..., 0]
-    return {"Target": _crop(target, size), **masks}
+def _picture_and_masks(
+    generator: ImageGenerator, prediction: Predictions, i: int
+) -> tuple[Array, dict[str, Array]]:
+    """An image without the black bars of its frame, its target (if any) and its prediction."""
+    path, size = generator.image_paths[i], _size_of(generator.image_paths[i])
+    image = _crop(load_input_image(path, generator.image_size), size)
+    masks = {"Prediction": _threshold(prediction, size, (image.shape[0], image.shape[1]))}
+    if generator.mask_paths is not None:
+        target = load_segmented_image(generator.mask_paths[i], generator.image_size)[..., 0]
+        masks = {"Target": _crop(target, size), **masks}
+    return image, masks
 
 
 def _draw_contours(axes: Axes, masks: Mapping[str, Array]) -> None:
     for name, mask in masks.items():
         color = "lime" if name == "Target" else "magenta"
-        # A rim of background closes the outline of a lesion that the picture's edge cuts.
+        # A rim of background closes the outline of a lesion at the edge of the picture.
         padded = np.pad(mask.astype(float), 1)
         if mask.any():
             x, y = (np.arange(side + 2) - 1 for side in mask.shape[::-1])
@@ -2607,9 +2380,10 @@ def _draw_contours(axes: Axes, masks: Mapping[str, Array]) -> None:
 
 
 def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws how Dice (the estimate, without masks) is distributed in the scores of `results`."""
-    title = "Dice coefficient" if "dice" in scores[0] else "Estimated Dice coefficient"
-    dice = np.array([score.get("dice", score["estimated_dice"]) for score in scores])
+    """Plots the distribution of Dice, or without masks of its estimate, in the `results`."""
+    title = f"{_shown_score(scores[0])[0]} coefficient"
+    title = title[0].upper() + title[1:]
+    dice = np.array([_shown_score(score)[1] for score in scores])
     figure, (axes,) = _subplots(1, 1, width=7, height=4)
     axes.hist(dice, bins=40, range=(0, 1), color="tab:blue", edgecolor="white")
     axes.axvline(dice.mean(), color="tab:red", label=f"Mean {dice.mean():.4f}")
@@ -2621,16 +2395,9 @@ def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
-    """Draws accuracy, loss and Dice over the epochs, the best epoch marked.
+    """Plots accuracy, loss and Dice over the epochs, as far as a history has them.
 
-    Args:
-        history: `model_record(model).history`, or the `history` of a Keras `History`.
-
-    Returns:
-        The figure: a panel for each quantity, with training and validation curve.
-
-    Raises:
-        SegmentError: If there is none of these quantities.
+    Takes `model_record(model).history`, or the `history` of a Keras `History`.
     """
     titles = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
     panels = [name for name in titles if history.get(name)]
@@ -2652,13 +2419,13 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def save_figure(figure: Figure, path: StrPath) -> None:
-    """Writes a figure as a PNG file, whole or not at all; folders are made."""
+    """Writes a figure as a PNG file, which is never incomplete; creates its folder."""
     with _written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
 
 def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure in inches and its axes, which pyplot does not keep alive or show by itself."""
+    """A figure in inches and its axes, which pyplot neither keeps nor shows."""
     figure, axes = plt.subplots(
         rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
     )
@@ -2667,7 +2434,60 @@ def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[
 
 
 def _show(figure: Figure) -> None:
-    """Shows a figure in a notebook; elsewhere nothing opens and nothing blocks."""
+    """Shows a figure in a notebook, and nowhere else."""
     ipython = sys.modules.get("IPython")
     if ipython is not None and ipython.get_ipython() is not None:
         ipython.display.display(figure)
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Drivers
+# ----------------------------------------------------------------------------------------------
+
+
+def run_driver(
+    steps: Callable[[Any], None],
+    options: Any,
+    *,
+    startup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    devices: int = 1,
+) -> int:
+    """Runs the steps of a driver with its options; reports warnings and errors in a sentence.
+
+    The framework starts inside the `startup` block; `devices` are passed to `data_parallel`.
+
+    Returns:
+        The exit status: 0, 2 after bad input, 130 after Ctrl-C.
+    """
+    with contextlib.suppress(AttributeError):  # for names that the terminal cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda what, *_, **__: print(f"Warning: {what}", file=sys.stderr)
+            with startup():
+                sharing, device = data_parallel(devices), describe_device()
+            print(f"Device: {device}")
+            with sharing:
+                steps(options)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except SegmentError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = _os_error_reason(error)
+    else:
+        return 0
+    print(f"Error: {reason}", file=sys.stderr)
+    return 2
+
+
+def _os_error_reason(error: OSError) -> str:
+    try:
+        print(flush=True)
+    except OSError as cause:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes the rest on exit
+        return f"Standard output cannot be written ({cause.strerror})."
+    file = f"{error.filename}: " if error.filename else ""
+    return f"{file}{error.strerror or error}"

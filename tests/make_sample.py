@@ -1,11 +1,14 @@
-"""Draws the embedded sample: synthetic pictures that look like dermoscopy, and their masks.
+"""Draws the embedded sample: synthetic images that look like dermoscopy, and their masks.
 
     python tests/make_sample.py
 
-writes 64 pairs to images/sample. No patient is shown: every picture is drawn from a seed, and its
-id has eight digits where real ISIC ids have seven. A lesion ends where its soft border is halfway
-between pigment and skin; it is one region without holes by construction, since every point of it
-sees the lesion's centre.
+writes 64 pairs to images/sample. The images are drawn from a seed and show no patient. Their ids
+have seven digits, as the scorer of the ISIC challenges requires, and start at ISIC_9200000, above
+all ids of the segmentation challenges (2016 to 2018).
+
+The mask ends where the soft border of the lesion is halfway between pigment and skin. A lesion is
+one region without holes by construction: a straight line from its centre to any point of it stays
+inside.
 """
 
 import argparse
@@ -22,18 +25,19 @@ Floats = NDArray[np.float64]
 Size = tuple[int, int]
 
 OUTPUT = Path(__file__).parents[1] / "images" / "sample"
+FIRST_ID = 9_200_000
 SIZES: tuple[Size, ...] = (  # (height, width), mostly landscape as in ISIC
     (240, 320), (225, 300), (210, 280), (213, 320), (256, 256), (192, 256), (320, 240), (280, 210),
 )  # fmt: skip
 SKIN = (  # fair, rosy, tanned, olive, brown
     (232, 200, 186), (228, 180, 164), (220, 176, 146), (200, 166, 126), (178, 134, 100),
 )  # fmt: skip
-BROWNS = (  # optical density in red, green and blue: melanin swallows blue most
+BROWNS = (  # optical density in red, green and blue: melanin absorbs blue most
     (0.25, 0.50, 0.85), (0.40, 0.95, 1.40), (0.95, 1.35, 1.60),
 )  # fmt: skip
 TONES = (*BROWNS, (0.85, 0.72, 0.68), (0.15, 0.60, 0.60), (1.70, 1.85, 1.90))  # grey, red, black
 STICKERS = ((236, 140, 50), (60, 140, 190), (80, 165, 105), (225, 195, 70))
-FINE = 2  # the overlay is drawn this much larger, so that its strokes come out smooth
+FINE = 2  # the overlay is drawn this many times larger, which makes its strokes smooth
 
 
 # Skin
@@ -41,19 +45,19 @@ FINE = 2  # the overlay is drawn this much larger, so that its strokes come out 
 
 
 def smooth_noise(size: Size, cells: int, rng: np.random.Generator) -> Floats:
-    """Noise of about -1 to 1, `float (height, width)`, with `cells` bumps along the longer side."""
+    """Returns noise `(height, width)` of about -1 to 1 with `cells` bumps along the longer side."""
     height, width = (max(2, round(cells * side / max(size))) for side in size)
     coarse = Image.fromarray(rng.normal(0, 0.5, (height, width)).astype(np.float32))
     return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), np.float64)
 
 
 def sigmoid(x: Floats) -> Floats:
-    """The logistic function, which `tanh` computes without overflow."""
+    """Computes the logistic function. Unlike `exp`, `tanh` does not overflow."""
     return np.asarray(0.5 + 0.5 * np.tanh(x / 2))
 
 
 def draw_skin(size: Size, rng: np.random.Generator) -> Floats:
-    """Mottled skin with faint freckles under an uneven light, `(height, width, 3)`."""
+    """Draws mottled skin with faint freckles under uneven light, `(height, width, 3)`."""
     tone = np.array(SKIN[rng.integers(len(SKIN))]) + rng.normal(0, 5, 3)
     y, x = np.mgrid[: size[0], : size[1]] / max(size) - 0.5
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.3)
@@ -70,7 +74,7 @@ def draw_skin(size: Size, rng: np.random.Generator) -> Floats:
 
 
 def draw_outline(angles: Floats, rng: np.random.Generator) -> Floats:
-    """The radius at each angle of a shape of area 1: an ellipse with waves and perhaps a notch."""
+    """Returns the radius at each angle of a wavy ellipse of area 1, sometimes with a notch."""
     stretch, turned = rng.uniform(1, 1.25), angles - rng.uniform(0, math.pi)
     radius = 1 / np.hypot(np.cos(turned) / stretch, np.sin(turned) * stretch)
     waves = np.arange(2, 19)[:, None]
@@ -84,15 +88,15 @@ def draw_outline(angles: Floats, rng: np.random.Generator) -> Floats:
 
 
 def depth_inside(size: Size, rng: np.random.Generator) -> Floats:
-    """About how many pixels each pixel lies inside the lesion's outline; negative outside."""
+    """Returns the approximate depth of each pixel inside the lesion, negative outside it."""
     angles = np.linspace(-math.pi, math.pi, 720, endpoint=False)
     area = math.exp(rng.uniform(math.log(0.03), math.log(0.65))) * math.prod(size)
     radius = math.sqrt(area) * draw_outline(angles, rng)
     contour, frame = radius * (np.sin(angles), np.cos(angles)), np.array(size)
     low, high, where = contour.min(1), contour.max(1), rng.beta(2.5, 2.5, 2)
-    if rng.random() < 0.03:  # taken for smaller than it is and moved to an edge, which cuts it
+    if rng.random() < 0.03:  # placed at an edge as if it were smaller, so that the edge cuts it off
         low, high, where[rng.integers(2)] = low / 2, high / 2, rng.integers(2)
-    squeeze = np.minimum(1, 0.94 * frame / (high - low))  # else a large one would not fit
+    squeeze = np.minimum(1, 0.94 * frame / (high - low))  # makes a large lesion fit
     first, last = 0.03 * frame - squeeze * low, 0.97 * frame - squeeze * high
     center = first + where * (last - first)
     y, x = (np.mgrid[: size[0], : size[1]] - center.reshape(2, 1, 1)) / squeeze.reshape(2, 1, 1)
@@ -101,17 +105,17 @@ def depth_inside(size: Size, rng: np.random.Generator) -> Floats:
 
 
 def draw_texture(size: Size, rng: np.random.Generator) -> Floats:
-    """A network of lines, globules, dots or a mere unevenness, about 0 to 1."""
+    """Draws a network of lines, globules, dots or uneven pigment, about 0 to 1."""
     kind = rng.choice(["network", "globules", "dots", "uneven"])
     noise = smooth_noise(size, int(rng.integers(26, 44)) * (1 if kind == "globules" else 2), rng)
-    if kind == "network":  # noise is zero along closed lines, which two of them knit to meshes
+    if kind == "network":  # the zeros of noise form closed lines, and those of two noises a mesh
         other = smooth_noise(size, 60, rng)
         return np.asarray(np.exp(-((np.minimum(abs(noise), abs(other)) / 0.12) ** 2)))
     return 0.5 + 0.4 * noise if kind == "uneven" else sigmoid(12 * (noise - 0.4))
 
 
 def draw_density(depth: Floats, rng: np.random.Generator) -> Floats:
-    """The pigment's optical density: two or three tones with a texture, `(height, width, 3)`."""
+    """Draws optical density: two or three tones and a texture, `(height, width, 3)`."""
     size = depth.shape[0], depth.shape[1]
     density = np.array(BROWNS[rng.integers(len(BROWNS))])
     for cells, level in ((4, 0.15), (8, 0.4)):
@@ -124,9 +128,9 @@ def draw_density(depth: Floats, rng: np.random.Generator) -> Floats:
 
 
 def paint_lesion(skin: Floats, depth: Floats, rng: np.random.Generator) -> Floats:
-    """The skin with pigment in it, which fades across the outline.
+    """Adds to the skin a pigment that fades across the outline of the lesion.
 
-    The colours are blended, not the densities: halfway between them is then where `depth` is 0.
+    Blends colours instead of densities, so that `depth` 0 is halfway between skin and pigment.
     """
     size = depth.shape[0], depth.shape[1]
     softness = rng.uniform(0.003, 0.014) * max(size)
@@ -135,12 +139,12 @@ def paint_lesion(skin: Floats, depth: Floats, rng: np.random.Generator) -> Float
     return np.asarray(skin * (1 - edge + edge * np.exp(-draw_density(depth, rng))))
 
 
-# Distractors: what else lies on the skin and in front of the lens
+# Distractors: objects on the skin and in front of the lens
 # ----------------------------------------------------------------------------------------------
 
 
 def draw_hairs(overlay: Image.Image, rng: np.random.Generator) -> None:
-    """Curved hairs, dark or fair, that grow more or less the same way and taper off."""
+    """Draws curved hairs, dark or fair, that taper and grow in roughly the same direction."""
     draw, growth = ImageDraw.Draw(overlay), rng.uniform(0, 2 * math.pi)
     dark, t = rng.random() < 0.85, np.linspace(0, 1, 40)[:, None]
     for _ in range(rng.integers(3, 20)):
@@ -155,7 +159,7 @@ def draw_hairs(overlay: Image.Image, rng: np.random.Generator) -> None:
 
 
 def draw_ruler(overlay: Image.Image, rng: np.random.Generator) -> None:
-    """Millimetre marks along one edge, every fifth of them longer."""
+    """Draws millimetre marks along one edge, every fifth of them longer."""
     draw, step = ImageDraw.Draw(overlay), rng.uniform(6, 11) * FINE
     width, height = overlay.size
     at_bottom = rng.random() < 0.5
@@ -166,7 +170,7 @@ def draw_ruler(overlay: Image.Image, rng: np.random.Generator) -> None:
 
 
 def draw_bubbles(overlay: Image.Image, rng: np.random.Generator) -> None:
-    """Bubbles of the gel under the glass, each a pale ring with a highlight."""
+    """Draws bubbles in the gel under the glass, each a pale ring with a highlight."""
     draw = ImageDraw.Draw(overlay)
     for _ in range(rng.integers(3, 14)):
         x, y = rng.uniform(0, 1, 2) * overlay.size
@@ -176,7 +180,7 @@ def draw_bubbles(overlay: Image.Image, rng: np.random.Generator) -> None:
 
 
 def draw_sticker(overlay: Image.Image, depth: Floats, rng: np.random.Generator) -> None:
-    """A coloured disc that reaches in from the corner farthest from the lesion."""
+    """Draws a coloured disc in the corner farthest from the lesion."""
     height, width = (side - 1 for side in depth.shape)
     corners = [(x, y) for x in (0, width) for y in (0, height)]
     x, y = min(corners, key=lambda corner: float(depth[corner[::-1]]))
@@ -188,7 +192,7 @@ def draw_sticker(overlay: Image.Image, depth: Floats, rng: np.random.Generator) 
 
 
 def draw_overlay(depth: Floats, rng: np.random.Generator) -> Image.Image:
-    """All that lies over the skin, transparent elsewhere, in RGBA."""
+    """Draws all distractors on a transparent RGBA image."""
     height, width = depth.shape
     overlay = Image.new("RGBA", (FINE * width, FINE * height))
     if rng.random() < 0.1:
@@ -200,7 +204,7 @@ def draw_overlay(depth: Floats, rng: np.random.Generator) -> Image.Image:
 
 
 def vignette(size: Size, rng: np.random.Generator) -> Floats:
-    """The dark rim of a dermatoscope's round field of view, as factors `(height, width)`."""
+    """Returns the dark rim of a dermatoscope's field of view as factors `(height, width)`."""
     y, x = np.mgrid[: size[0], : size[1]] - np.array(size).reshape(2, 1, 1) / 2
     radius, blur = rng.uniform(0.51, 0.62), rng.uniform(0.003, 0.03)
     return sigmoid((radius - np.hypot(y, x) / max(size)) / blur)
@@ -211,7 +215,7 @@ def vignette(size: Size, rng: np.random.Generator) -> Floats:
 
 
 def photograph(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The scene through a lens: a little blurred, perhaps with a dark rim, tinted and noisy."""
+    """Adds blur, a tint and noise, as a lens and a sensor do, and sometimes a dark rim."""
     seen = np.asarray(scene.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1))), np.float64)
     if rng.random() < 0.3:
         seen = seen * vignette((scene.height, scene.width), rng)[..., None]
@@ -220,14 +224,14 @@ def photograph(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_pair(seed: int, index: int) -> tuple[Image.Image, Image.Image]:
-    """Draws picture `index` of a sample, the same however many pictures the sample has.
+    """Draws one pair of a sample, which does not depend on the size of the sample.
 
     Args:
         seed: Seed of the whole sample.
-        index: Number of the picture, from 0.
+        index: Number of the pair, from 0.
 
     Returns:
-        The picture in RGB and its mask in grey levels 0 and 255, of the same size.
+        The RGB image and its mask, of the same size. The mask has the grey levels 0 and 255.
     """
     rng = np.random.default_rng((seed, index))
     size = SIZES[rng.integers(len(SIZES))]
@@ -240,27 +244,27 @@ def draw_pair(seed: int, index: int) -> tuple[Image.Image, Image.Image]:
 
 
 def write_sample(output: Path, count: int, seed: int) -> None:
-    """Writes `count` pairs under the names that ISIC would give them, and what they are."""
+    """Writes `count` pairs under ISIC file names, and a README.txt that describes them."""
     images, masks = output / "input", output / "truth"
     for folder in (images, masks):
         folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         image, mask = draw_pair(seed, index)
-        name = f"ISIC_{90_000_000 + index}"
+        name = f"ISIC_{FIRST_ID + index}"
         image.save(images / f"{name}.jpg", quality=85)
         mask.save(masks / f"{name}_segmentation.png", optimize=True)
     (output / "README.txt").write_text(
-        f"These {count} pictures are synthetic and show no patient: tests/make_sample.py drew\n"
-        f"them with seed {seed}. Their ids have eight digits, where real ISIC ids have seven,\n"
-        "and so lie outside the real range.\n"
+        f"These {count} images are synthetic and show no patient. tests/make_sample.py drew them\n"
+        f"with seed {seed}. Their ids start at ISIC_{FIRST_ID}, above all ids of the ISIC\n"
+        "segmentation challenges (2016 to 2018).\n"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws the sample that the command line asks for."""
+    """Draws a sample with the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (%(default)s)")
-    parser.add_argument("--count", type=int, default=64, help="pairs to draw (%(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="output folder (%(default)s)")
+    parser.add_argument("--count", type=int, default=64, help="number of pairs (%(default)s)")
     parser.add_argument("--seed", type=int, default=2017, help="seed (%(default)s)")
     options = parser.parse_args(arguments)
     write_sample(options.output, options.count, options.seed)

@@ -1,10 +1,12 @@
 """Decoded pairs in memory and in the folder of a cache."""
 
-import hashlib
-import io
+import functools
+import gc
 import os
 import threading
+import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,152 +19,234 @@ from PIL import Image
 import segment
 
 SIZE = (32, 48)
+TWICE = (64, 96)
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The images that were decoded, in order."""
+    """The images and masks that are decoded, in order."""
     paths: list[str] = []
-    decode = segment.load_input_image
 
-    def spy(path: str, *arguments: Any) -> Any:
+    def spy(decode: Any, path: str, *arguments: Any) -> Any:
         paths.append(path)
         return decode(path, *arguments)
 
-    monkeypatch.setattr(segment, "load_input_image", spy)
+    for name in ("_decode_image", "_decode_mask"):
+        monkeypatch.setattr(segment, name, functools.partial(spy, getattr(segment, name)))
     return paths
 
 
-def test_a_new_process_finds_in_the_folder_what_the_loaders_would_give(
+def test_a_new_process_reads_the_decoded_pair_from_the_folder(
     make_pairs: MakePairs, tmp_path: Path, decoded: list[str]
 ) -> None:
     (image,), (mask,) = make_pairs(1)
-    for _ in range(2):  # each with nothing in memory
-        entry = segment.PairCache(0, tmp_path / "cache").load(image, mask, SIZE)
-        np.testing.assert_array_equal(entry.mask, segment.load_segmented_image(mask, SIZE))
-    assert decoded == [image]
-    np.testing.assert_array_equal(entry.image, segment.load_input_image(image, SIZE))
+    pairs = [segment.PairCache(0, tmp_path / "cache").load(image, mask, SIZE) for _ in range(2)]
+    assert decoded == [image, mask]
+    expected = segment.load_input_image(image, SIZE), segment.load_segmented_image(mask, SIZE)
+    for pair in pairs:
+        assert pair.dtype == np.uint8
+        np.testing.assert_array_equal(pair, np.concatenate(expected, axis=2))
 
 
-def test_another_frame_and_a_file_that_changed_are_decoded_again(
+def test_every_frame_is_kept_after_a_single_decoding(
+    make_pairs: MakePairs, tmp_path: Path, decoded: list[str]
+) -> None:
+    (image,), (mask,) = make_pairs(1)
+    cache = segment.PairCache(folder=tmp_path / "cache")
+    assert cache.load(image, mask, TWICE, SIZE).shape == (*TWICE, 4)
+    for other in (cache, segment.PairCache(0, tmp_path / "cache")):
+        pair = other.load(image, mask, SIZE)
+        np.testing.assert_array_equal(pair[..., 3:], segment.load_segmented_image(mask, SIZE))
+    assert Counter(decoded) == {image: 1, mask: 3}  # twice by the line above
+
+
+def test_another_frame_and_a_changed_file_are_decoded_again(
     make_pairs: MakePairs, tmp_path: Path, decoded: list[str]
 ) -> None:
     (image,), (mask,) = make_pairs(1)
     cache = segment.PairCache(folder=tmp_path / "cache")
     cache.load(image, mask, SIZE)
-    assert cache.load(image, mask, (16, 16)).image.shape == (16, 16, 3)
+    assert cache.load(image, mask, (16, 16)).shape == (16, 16, 4)
     Image.new("RGB", Image.open(image).size, (1, 2, 3)).save(image)
     os.utime(image, ns=(0, 0))
-    assert cache.load(image, mask, SIZE).image.max() == 3
-    assert segment.PairCache(0, tmp_path / "cache").load(image, mask, SIZE).image.max() == 3
-    assert len(decoded) == 3
+    assert cache.load(image, mask, SIZE).max() == 3
+    assert segment.PairCache(0, tmp_path / "cache").load(image, mask, SIZE).max() == 3
+    assert decoded == [image, mask] * 3
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", None])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "another shape", "another type"])
 def test_a_damaged_entry_is_decoded_again_and_replaced(
-    make_pairs: MakePairs, tmp_path: Path, decoded: list[str], content: bytes | None
+    make_pairs: MakePairs, tmp_path: Path, decoded: list[str], damage: str
 ) -> None:
     (image,), (mask,) = make_pairs(1)
     expected = segment.PairCache(0, tmp_path).load(image, mask, SIZE)
     (file,) = tmp_path.glob("*.npy")
-    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    if damage == "another shape":
+        np.save(file, expected[1:])
+    elif damage == "another type":
+        np.save(file, expected.astype(np.float32))
+    else:
+        file.write_bytes({"empty": b"", "text": b"none"}.get(damage, file.read_bytes()[:-1]))
     for _ in range(2):
-        np.testing.assert_array_equal(
-            segment.PairCache(0, tmp_path).load(image, mask, SIZE).image, expected.image
-        )
-    assert len(decoded) == 2
+        pair = segment.PairCache(0, tmp_path).load(image, mask, SIZE)
+        np.testing.assert_array_equal(pair, expected)
+    assert decoded == [image, mask] * 2
 
 
-def test_threads_that_share_a_folder_leave_one_whole_entry(
+def test_an_entry_appears_in_the_folder_only_when_it_is_complete(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image,), (mask,) = make_pairs(1)
+    entries: list[list[Path]] = []
+    save = np.save
+
+    def spy(file: Any, pair: segment.Array) -> None:
+        save(file, pair)
+        entries.append([path for path in tmp_path.glob("*.npy") if path.name[0] != "."])
+
+    monkeypatch.setattr(np, "save", spy)
+    segment.PairCache(0, tmp_path).load(image, mask, SIZE)
+    assert entries == [[]]
+    assert [path.name[0] == "." for path in tmp_path.glob("*.npy")] == [False]
+
+
+def test_threads_that_share_a_folder_leave_one_complete_entry(
     make_pairs: MakePairs, tmp_path: Path
 ) -> None:
     (image,), (mask,) = make_pairs(1)
     folder = tmp_path / "cache"
     caches = [segment.PairCache(0, folder) for _ in range(8)]
-    threads = [threading.Thread(target=c.load, args=(image, mask, SIZE)) for c in caches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (file,) = folder.iterdir()
-    content = file.read_bytes()
-    assert hashlib.sha256(content[32:]).digest() == content[:32]
-    assert np.load(io.BytesIO(content[32:])).shape == (*SIZE, 3)
+    with ThreadPoolExecutor(8) as pool:
+        pairs = list(pool.map(lambda cache: cache.load(image, mask, SIZE), caches))
+    (file,) = folder.iterdir()  # no temporary file is left
+    for pair in pairs:
+        np.testing.assert_array_equal(np.load(file), pair)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(segment.SegmentError, match=r"entry\.npy: cannot be written"):
+    with pytest.raises(segment.SegmentError, match=r"pair\.npy: cannot be written"):
         segment.PairCache(0, tmp_path / "file" / "cache")
 
 
-def test_a_disk_that_fills_up_is_warned_of_once_and_stops_nothing(
+def test_a_full_disk_gives_one_warning_although_eight_threads_write(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> int:
+    all_at_once = threading.Barrier(8)
+
+    def full(file: Any, pair: segment.Array) -> None:
+        Path(file).write_bytes(b"incomplete")
+        all_at_once.wait(20)
         raise OSError(28, "No space left on device")
 
     cache = segment.PairCache(0, tmp_path / "cache")
-    monkeypatch.setattr(Path, "write_bytes", full)
-    (image, other), (mask, another) = make_pairs(2)
-    with pytest.warns(UserWarning, match=r"each time from now on: .*No space left"):
-        assert cache.load(image, mask, SIZE).mask.shape == (*SIZE, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert cache.load(other, another, SIZE).mask.shape == (*SIZE, 1)
+    monkeypatch.setattr(np, "save", full)
+    images, masks = make_pairs(8)
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("always")
+        pairs = list(pool.map(cache.load, images, masks, [SIZE] * 8))
+        cache.load(images[0], masks[0], SIZE)  # no longer tries to write
+    assert [pair.shape for pair in pairs] == [(*SIZE, 4)] * 8
+    (warning,) = caught
+    message = str(warning.message)
+    assert message.startswith("Pairs are no longer kept in a folder: ")
+    assert "No space left on device" in message
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_what_two_threads_decode_at_once_is_counted_once(
+def test_a_pair_that_two_threads_decode_at_once_is_counted_once(
     make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (image,), (mask,) = make_pairs(1)
-    both, decode = threading.Barrier(2), segment._decode
+    both, decode = threading.Barrier(2), segment._decode_image
 
-    def wait(*arguments: Any) -> segment.Decoded:
+    def wait(*arguments: Any) -> list[segment.Array]:
         both.wait(10)
         return decode(*arguments)
 
-    monkeypatch.setattr(segment, "_decode", wait)
+    monkeypatch.setattr(segment, "_decode_image", wait)
     cache = segment.PairCache(max_bytes=10**6)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(cache.load, [image] * 2, [mask] * 2, [SIZE] * 2)
-    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first, second)
     assert cache.bytes_left == 10**6 - first.nbytes
 
 
-def test_the_check_leaves_nothing_to_decode_for_the_training_and_for_the_next_check(
+def test_a_pair_that_two_threads_keep_at_once_is_counted_once(
+    make_pairs: MakePairs,
+) -> None:
+    class SlowDict(dict[str, Any]):
+        """Lets another thread run between the look-up of a name and what depends on it."""
+
+        def __contains__(self, name: object) -> bool:
+            found = super().__contains__(name)
+            time.sleep(0.1)
+            return found
+
+    (image,), (mask,) = make_pairs(1)
+    cache = segment.PairCache(max_bytes=10**6)
+    cache._kept = SlowDict()
+    with ThreadPoolExecutor(4) as pool:
+        pair, *_ = pool.map(cache.load, [image] * 4, [mask] * 4, [SIZE] * 4)
+    assert cache.bytes_left == 10**6 - pair.nbytes
+
+
+def test_generators_without_a_cache_share_one_budget_until_they_are_gone(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "_shared", type(segment._shared)())  # of this test only
+    pairs = make_pairs(2)
+    generators = [segment.create_generator(*pairs, image_size=size) for size in (SIZE, SIZE, TWICE)]
+    assert len({id(generator.cache) for generator in generators}) == 1
+    used = 0
+    for generator, new in zip(generators, (SIZE, None, TWICE), strict=True):
+        generator.batch_part(0)
+        used += 2 * 4 * new[0] * new[1] if new else 0
+        assert generator.cache.bytes_left == 2**31 - used
+    del generators, generator
+    gc.collect()
+    fresh = segment.create_generator(*pairs, image_size=SIZE)
+    assert fresh.cache.bytes_left == 2**31
+
+
+def test_each_file_is_decoded_once_from_the_check_to_the_end_of_the_training(
+    make_pairs: MakePairs, decoded: list[str]
+) -> None:
+    pairs = images, masks = make_pairs(5)
+    cache = segment.PairCache()
+    segment.check_pairs(*pairs, image_sizes=[TWICE, SIZE], cache=cache)
+    segment.find_same_lesions(*pairs, image_size=SIZE, cache=cache)
+    segment.train_val_test_split(*pairs, image_size=SIZE, cache=cache)
+    train = segment.create_generator(
+        *pairs, image_size=SIZE, augment=True, shuffle=True, cache=cache
+    )
+    val = segment.create_generator(*pairs, image_size=SIZE, cache=cache)
+    for _ in range(2):
+        for generator in (train, val):
+            assert generator.batch_part(0).shape == (5, *SIZE, 4)
+            generator.on_epoch_end()
+    assert sorted(decoded) == sorted(images + masks)
+
+
+def test_the_next_check_and_training_read_everything_from_the_folder(
     make_pairs: MakePairs, tmp_path: Path, decoded: list[str]
 ) -> None:
     pairs = images, masks = make_pairs(3)
     Image.new("L", Image.open(masks[1]).size).save(masks[1])
-    batches = segment.create_generator(*pairs, image_size=SIZE, augment=True)
+    what = f"{masks[1]}: the mask is empty at {SIZE[0]} × 45 pixels."
     for _ in range(2):
-        batches.cache = segment.PairCache(folder=tmp_path)
-        findings = segment.check_pairs(*pairs, image_size=batches.decoded_size, cache=batches.cache)
-        assert [finding.what for finding in findings] == [f"{masks[1]}: the mask is empty."]
-        assert batches[0][0].shape == (3, *SIZE, 3)
-    assert sorted(decoded) == sorted(images)
+        cache = segment.PairCache(folder=tmp_path / "cache")
+        findings = segment.check_pairs(*pairs, image_sizes=[SIZE, TWICE], cache=cache)
+        assert [finding.what for finding in findings] == [what]
+        train = segment.create_generator(*pairs, image_size=SIZE, augment=True, cache=cache)
+        assert train.batch_part(0).shape == (3, *SIZE, 4)
+    assert sorted(decoded) == sorted(images + masks)
 
 
-def test_a_missing_mask_is_never_taken_for_none(make_pairs: MakePairs) -> None:
+def test_a_missing_mask_is_not_taken_for_an_image_without_a_mask(make_pairs: MakePairs) -> None:
     (image,), _ = make_pairs(1)
     cache = segment.PairCache()
-    segment.create_generator([image], image_size=(16, 16), cache=cache)[0]
-    batches = segment.create_generator([image], ["gone.png"], image_size=(16, 16), cache=cache)
+    assert segment.create_generator([image], image_size=SIZE, cache=cache).batch_part(0).any()
+    batches = segment.create_generator([image], ["gone.png"], image_size=SIZE, cache=cache)
     with pytest.raises(segment.SegmentError, match=r"gone\.png: there is no such file"):
-        batches[0]
-
-
-def test_an_entry_with_a_changed_byte_is_decoded_again(
-    make_pairs: MakePairs, tmp_path: Path
-) -> None:
-    (image,), (mask,) = make_pairs(1)
-    expected = segment.PairCache(0, tmp_path / "cache").load(image, mask, (16, 16))
-    (entry,) = (tmp_path / "cache").iterdir()
-    whole = entry.read_bytes()
-    for position in range(0, len(whole), 97):
-        entry.write_bytes(whole[:position] + bytes([whole[position] ^ 255]) + whole[position + 1 :])
-        found = segment.PairCache(0, tmp_path / "cache").load(image, mask, (16, 16))
-        assert np.array_equal(found.image, expected.image)
-        assert np.array_equal(found.mask, expected.mask)
+        batches.batch_part(0)

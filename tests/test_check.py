@@ -1,5 +1,7 @@
-"""The check of the files before a training."""
+"""Checking the files before a training."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +12,30 @@ from PIL import Image
 import segment
 
 
-def found(pairs: segment.Pairs) -> list[tuple[str, str]]:
-    """Severity and sentence of each finding, the folder left out."""
+def found(
+    pairs: segment.Pairs, image_sizes: Sequence[segment.Size] = (segment.IMAGE_SIZE,)
+) -> list[tuple[str, str]]:
+    """Severity and sentence of each finding, without the folder."""
     folder = str(Path(pairs[0][0]).parents[1])
-    return [(f.severity, f.what.replace(folder, "")) for f in segment.check_pairs(*pairs)]
+    findings = segment.check_pairs(*pairs, image_sizes=image_sizes)
+    return [(finding.severity, finding.what.replace(folder, "")) for finding in findings]
 
 
-def test_nothing_is_wrong_with_good_pairs(make_pairs: MakePairs) -> None:
+def test_good_pairs_have_no_findings(make_pairs: MakePairs) -> None:
     assert found(make_pairs(4)) == []
 
 
-def test_files_that_cannot_be_used_are_all_listed_errors_first(make_pairs: MakePairs) -> None:
+def test_all_unusable_files_are_reported_before_the_warnings(make_pairs: MakePairs) -> None:
     images, masks = pairs = make_pairs(6)
     Path(images[0]).write_bytes(Path(images[0]).read_bytes()[:500])
     Path(images[1]).write_bytes(b"")
     Path(images[2]).unlink()
     Image.new("L", (40, 56), 255).save(masks[3])
     Image.fromarray(np.full((40, 56), 7, np.uint8)).save(masks[4])
+    Image.new("L", (56, 40), 255).save(masks[5])
     findings = found(pairs)
     assert [severity for severity, _ in findings] == ["error"] * 5 + ["warning"]
-    assert findings.pop()[1] == "/masks/ISIC_0000003_segmentation.png: the mask is full."
+    assert findings.pop()[1] == "/masks/ISIC_0000005_segmentation.png: the mask is full."
     for (_, what), message in zip(
         findings,
         (
@@ -42,13 +48,14 @@ def test_files_that_cannot_be_used_are_all_listed_errors_first(make_pairs: MakeP
         assert what.startswith(message)
 
 
-def test_both_files_of_a_pair_are_told(make_pairs: MakePairs) -> None:
-    images, masks = pairs = make_pairs(1)
-    for path in (images[0], masks[0]):
+def test_a_pair_with_errors_gets_one_finding(make_pairs: MakePairs) -> None:
+    images, masks = pairs = make_pairs(2)
+    for path in (images[0], masks[0], masks[1]):
         Path(path).write_bytes(b"nothing")
-    assert [what.split(":")[0] for _, what in found(pairs)] == [
-        "/images/ISIC_0000000.png", "/masks/ISIC_0000000_segmentation.png",
-    ]  # fmt: skip
+    findings = segment.check_pairs(*pairs)
+    assert [finding.path for finding in findings if finding.severity == "error"] == images
+    assert findings[0].what.startswith(f"{images[0]}: cannot be read as an image")
+    assert findings[1].what.startswith(f"{masks[1]}: cannot be read as an image")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +67,7 @@ def test_both_files_of_a_pair_are_told(make_pairs: MakePairs) -> None:
         ([(0, 3), (5, 9)], "has 2 regions"),
     ],
 )
-def test_masks_no_expert_would_draw_are_warned_of(
+def test_masks_that_no_expert_would_draw_are_reported(
     make_pairs: MakePairs, rows: list[tuple[int, int]], what: str | None
 ) -> None:
     pairs = make_pairs(1, (9, 9))
@@ -72,7 +79,7 @@ def test_masks_no_expert_would_draw_are_warned_of(
     assert found(pairs) == [("warning", sentence) for sentence in expected]
 
 
-def test_a_ring_has_a_hole_and_an_inverted_mask_is_suspected(make_pairs: MakePairs) -> None:
+def test_holes_and_an_inverted_mask_are_reported(make_pairs: MakePairs) -> None:
     pairs = make_pairs(1, (9, 9))
     mask: np.ndarray = np.zeros((9, 9), np.uint8)
     mask[2:7, 2:7] = 255
@@ -80,71 +87,73 @@ def test_a_ring_has_a_hole_and_an_inverted_mask_is_suspected(make_pairs: MakePai
     Image.fromarray(mask).save(pairs[1][0])
     assert [what.split(": ")[1] for _, what in found(pairs)] == ["the mask has holes (1)."]
     Image.fromarray(255 - mask).save(pairs[1][0])
-    assert "the mask seems to be inverted" in found(pairs)[0][1]
+    assert [what.split(": ")[1] for _, what in found(pairs)] == [
+        "the mask is probably inverted, since its rim is lesion.",
+        "the mask has 2 regions.",
+        "the mask has holes (1).",
+    ]
 
 
-def test_the_same_image_twice_and_a_wrong_suffix_are_warned_of(make_pairs: MakePairs) -> None:
-    pairs = images, _ = make_pairs(3)
+def test_duplicates_and_a_wrong_suffix_are_reported(make_pairs: MakePairs) -> None:
+    pairs = images, masks = make_pairs(3)
     Path(images[2]).write_bytes(Path(images[0]).read_bytes())
-    picture = Image.open(images[1]).convert("RGB")
-    picture.save(images[1], format="JPEG")
-    assert sorted(what for _, what in found(pairs)) == [
-        "/images/ISIC_0000001.png: the file is a JPEG, whatever its name says.",
-        "/images/ISIC_0000002.png: the same image as /images/ISIC_0000000.png.",
+    Path(masks[2]).write_bytes(Path(masks[0]).read_bytes())
+    Image.open(images[1]).convert("RGB").save(images[1], format="JPEG")
+    assert [what for _, what in found(pairs)] == [
+        "/images/ISIC_0000001.png: the suffix says PNG, but the file is a JPEG.",
+        "/images/ISIC_0000002.png: a duplicate of the image /images/ISIC_0000000.png.",
+        "/masks/ISIC_0000002_segmentation.png: a duplicate of the mask "
+        "/masks/ISIC_0000000_segmentation.png.",
     ]
 
 
 @pytest.mark.parametrize(
-    ("side", "told"),
+    ("side", "reason"),
     [
         (20_000, "cannot be read as an image (Image size (400000000 pixels)"),
         (8_200, "has 67240000 pixels, but no photograph of skin has more"),
     ],
 )
-def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(
-    make_pairs: MakePairs, side: int, told: str
-) -> None:
+def test_an_image_of_absurd_size_is_an_error(make_pairs: MakePairs, side: int, reason: str) -> None:
     images, masks = make_pairs(1)
     Image.new("1", (side, side)).save(images[0])
     errors = [what for severity, what in found((images, masks)) if severity == "error"]
-    assert told in errors[0]
+    assert reason in errors[0]
 
 
-def test_every_fault_of_a_pair_is_told(make_pairs: MakePairs) -> None:
+def test_an_unusual_format_and_mode_of_one_file_are_both_reported(make_pairs: MakePairs) -> None:
     (image,), (mask,) = pairs = make_pairs(1)
-    Image.new("CMYK", (30, 20)).save(image, format="JPEG")
-    Image.fromarray(np.arange(2240).reshape(40, 56).astype(np.uint8)).save(mask, format="TIFF")
-    text = "\n".join(": ".join(finding) for finding in found(pairs))
-    for what in (
-        "error: /masks/ISIC_0000000_segmentation.png: expected a mask of 0 and 255",
-        "error: /images/ISIC_0000000.png is 20 × 30 (height × width), but its mask",
-        "warning: /images/ISIC_0000000.png: the file is a JPEG, whatever its name says",
-        "warning: /images/ISIC_0000000.png: the mode is CMYK, where RGB is usual",
-    ):
-        assert what in text
+    Image.open(image).convert("CMYK").save(image, format="JPEG")
+    Image.open(mask).convert("RGB").save(mask, format="TIFF")
+    assert found(pairs) == [
+        ("warning", f"{path}: {what}.")
+        for path, what in (
+            ("/images/ISIC_0000000.png", "the suffix says PNG, but the file is a JPEG"),
+            ("/images/ISIC_0000000.png", "the mode is CMYK, where RGB is usual"),
+            ("/masks/ISIC_0000000_segmentation.png", "the suffix says PNG, but the file is a TIFF"),
+            ("/masks/ISIC_0000000_segmentation.png", "the mode is RGB, where L is usual"),
+        )
+    ]
 
 
-def test_a_lesion_of_four_pixels_in_four_million_is_not_called_empty(make_pairs: MakePairs) -> None:
-    pairs = make_pairs(1, (2000, 2000))
-    mask: np.ndarray = np.zeros((2000, 2000), np.uint8)
-    mask[1001:1003, 1001:1003] = 255
+def test_a_lesion_that_vanishes_in_the_first_frame_is_reported_as_empty(
+    make_pairs: MakePairs,
+) -> None:
+    pairs = make_pairs(1, (400, 200))
+    mask: np.ndarray = np.zeros((400, 200), np.uint8)
+    mask[101:103, 101:103] = 255
     Image.fromarray(mask).save(pairs[1][0])
-    assert found(pairs) == []
-    Image.fromarray(255 - mask).save(pairs[1][0])
-    assert [what.split(": ")[1] for _, what in found(pairs)] == [
-        "the mask seems to be inverted, since its rim is lesion.", "the mask has holes (1).",
-    ]  # fmt: skip
+    assert found(pairs, [(400, 400), (40, 40)]) == []
+    assert [what.split(": ")[1] for _, what in found(pairs, [(40, 40), (400, 400)])] == [
+        "the mask is empty at 40 × 20 pixels."
+    ]
 
 
-def test_the_same_mask_twice_is_warned_of_and_a_file_that_cannot_be_read_is_like_no_other(
+def test_files_that_cannot_be_opened_are_not_duplicates_of_each_other(
     make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = _, masks = make_pairs(2)
-    Path(masks[1]).write_bytes(Path(masks[0]).read_bytes())
-    assert [what for _, what in found(pairs)] == [
-        "/masks/ISIC_0000001_segmentation.png: the same mask as "
-        "/masks/ISIC_0000000_segmentation.png."
-    ]
+    images, _ = pairs = make_pairs(2)
+    Path(images[1]).write_bytes(Path(images[0]).read_bytes())
 
     def deny(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
@@ -153,19 +162,67 @@ def test_the_same_mask_twice_is_warned_of_and_a_file_that_cannot_be_read_is_like
     assert found(pairs) == []
 
 
-def test_images_are_checked_without_masks_and_a_frame_that_is_none_is_refused(
-    make_pairs: MakePairs,
-) -> None:
-    images, masks = make_pairs(2)
+def test_images_are_checked_without_masks(make_pairs: MakePairs) -> None:
+    images, _ = make_pairs(2)
     Path(images[1]).write_bytes(b"nothing")
     (finding,) = segment.check_pairs(images)
-    assert finding.severity == "error"
+    assert (finding.severity, finding.path) == ("error", images[1])
     assert finding.what.startswith(f"{images[1]}: cannot be read as an image")
+
+
+def test_an_invalid_frame_is_refused() -> None:
     with pytest.raises(segment.SegmentError, match="image_size is 0: expected"):
-        segment.check_pairs(images, masks, image_size=0)  # type: ignore[arg-type]
+        segment.check_pairs(["a.png"], image_sizes=[0])  # type: ignore[list-item]
 
 
-def test_files_without_a_known_suffix_are_checked_too(make_pairs: MakePairs) -> None:
-    (image,), (mask,) = make_pairs(1)
-    plain = Path(image).rename(Path(image).with_suffix(""))
-    assert segment.check_pairs([plain], [mask]) == []
+def test_files_without_a_suffix_are_checked(make_pairs: MakePairs) -> None:
+    images, masks = make_pairs(2)
+    plain = [Path(image).rename(Path(image).with_suffix("")) for image in images]
+    assert segment.check_pairs(plain, masks) == []
+    plain[1].write_bytes(b"nothing")
+    assert [finding.path for finding in segment.check_pairs(plain, masks)] == [str(plain[1])]
+
+
+def test_all_unusable_pairs_are_listed_in_one_error(make_pairs: MakePairs) -> None:
+    images, masks = make_pairs(4)
+    for path in (images[1], masks[3]):
+        Path(path).write_bytes(b"nothing")
+    with pytest.raises(segment.SegmentError) as refused:
+        segment.usable_pairs(images, masks)
+    title, *listed = str(refused.value).split("\n")
+    assert title.startswith("2 of 4 images cannot be used: fix the files, or leave them out with ")
+    assert [line.split(": ")[0] for line in listed] == [f"  {images[1]}", f"  {masks[3]}"]
+
+
+def test_skip_bad_leaves_unusable_pairs_out_with_a_warning(make_pairs: MakePairs) -> None:
+    images, masks = make_pairs(4)
+    Path(masks[1]).write_bytes(b"nothing")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        used = segment.usable_pairs(images, masks, skip_bad=True)
+    assert used == (images[:1] + images[2:], masks[:1] + masks[2:], [images[1]])
+    (warning,) = caught
+    assert str(warning.message).startswith(f"left out: {masks[1]}: cannot be read")
+
+
+def test_no_usable_pair_at_all_is_an_error_even_with_skip_bad(make_pairs: MakePairs) -> None:
+    images, masks = make_pairs(2)
+    for path in images:
+        Path(path).write_bytes(b"nothing")
+    with pytest.raises(segment.SegmentError, match=r"None of the images can be used.*\n.*\n"):
+        segment.usable_pairs(images, masks, skip_bad=True)
+
+
+def test_unusual_pairs_are_used_with_a_warning(make_pairs: MakePairs) -> None:
+    images, masks = make_pairs(2)
+    Image.new("L", (56, 40), 255).save(masks[1])
+    with pytest.warns(UserWarning, match=r"ISIC_0000001_segmentation\.png: the mask is full"):
+        assert segment.usable_pairs(images, masks) == (images, masks, [])
+
+
+def test_images_without_masks_are_usable_without_masks(make_pairs: MakePairs) -> None:
+    images, _ = make_pairs(3)
+    Path(images[0]).write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="left out: "):
+        used = segment.usable_pairs(images, [], skip_bad=True, image_sizes=[(16, 16)])
+    assert used == (images[1:], [], images[:1])

@@ -1,4 +1,4 @@
-"""Training and prediction on two devices, which a process of its own makes of the processor."""
+"""Training and prediction on two devices, simulated on one processor in a process of its own."""
 
 import json
 import os
@@ -41,7 +41,7 @@ print(json.dumps(outcomes))
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_two_devices_train_and_predict_as_one_does(
+def test_two_devices_train_and_predict_like_one(
     make_pairs: MakePairs, tmp_path: Path, backend: str
 ) -> None:
     pytest.importorskip(backend)
@@ -58,20 +58,20 @@ def test_two_devices_train_and_predict_as_one_does(
     one, both = json.loads(done.stdout.splitlines()[-1])
     assert len(one[0]["val_loss"]) == 2
     for name, curve in one[0].items():
-        # Rounding may put a pixel or two that are close to 0.5 on the other side of it.
+        # Rounding may move a few pixels across the threshold of 0.5.
         rounding = 1e-4 if name.endswith(("loss", "rate")) else 5e-3
         assert both[0][name] == pytest.approx(curve, abs=rounding), name
-    assert len(one[1]) == 6 * 16 * 16  # the second batch is short, and padded
+    assert len(one[1]) == 6 * 16 * 16  # the second batch is shorter, and padded
     assert both[1] == pytest.approx(one[1], abs=1e-3)
     assert both[2] == one[2]
     assert segment.load_model(tmp_path / "two.keras").input_shape == (None, 16, 16, 3)
 
 
-def test_two_hosts_train_as_one_does_and_the_first_one_writes(
+def test_two_hosts_train_like_one_and_only_the_first_writes(
     make_pairs: MakePairs, tmp_path: Path
 ) -> None:
     pytest.importorskip("jax")
-    images, masks = make_pairs(17)  # 8 to train on, 8 to validate, 1 to test on
+    images, masks = make_pairs(17)  # 8 to train, 8 to validate, 1 to test on
     folders = ["--image-dir", str(Path(images[0]).parent), "--mask-dir", str(Path(masks[0]).parent)]
     size = ["--image-size", "16", "16", "--batch-size", "4", "--epochs", "2", "--val-split", "0.5"]
     command = [sys.executable, "driver_train_save_evaluate.py", *folders, *size]
@@ -109,28 +109,28 @@ def test_two_hosts_train_as_one_does_and_the_first_one_writes(
     assert (tmp_path / "host0" / "scores.csv").read_text().count("\n") == 2
 
 
-def test_hosts_that_cannot_be_joined_are_an_error() -> None:
+def test_hosts_that_cannot_connect_are_an_error() -> None:
     settings = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "two", "KERAS_BACKEND": "jax"}
     done = subprocess.run(
         [sys.executable, "-c", "import segment; segment.data_parallel(2)"],
         env={**os.environ, **settings}, cwd=Path(__file__).parents[1], capture_output=True,
         text=True,
     )  # fmt: skip
-    assert "SegmentError: The hosts cannot be joined (invalid literal" in done.stderr
+    assert "SegmentError: The hosts cannot connect (invalid literal" in done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
         with pytest.raises(segment.SegmentError, match="Several hosts need JAX, but this is tens"):
             segment.data_parallel(2)
 
 
-def test_more_devices_than_there_are_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(segment.SegmentError, match="64 devices were asked for"):
+def test_requesting_too_many_devices_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(segment.SegmentError, match="64 devices were requested"):
         segment.data_parallel(64)
     assert driver_train_save_evaluate.main(["--devices", "64", "--batch-size", "64"]) == 2
-    assert "64 devices were asked for" in capsys.readouterr().err
+    assert "64 devices were requested" in capsys.readouterr().err
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_an_error(
+def test_a_batch_that_the_devices_do_not_divide_is_an_error(
     capsys: pytest.CaptureFixture[str], make_pairs: MakePairs
 ) -> None:
     with pytest.raises(SystemExit):
@@ -140,12 +140,12 @@ def test_a_batch_that_cannot_be_shared_evenly_is_an_error(
         segment.create_generator(*make_pairs(2), whole_batches=True)
 
 
-def test_one_device_changes_nothing_on_any_backend() -> None:
+def test_one_device_changes_nothing() -> None:
     with segment.data_parallel(1) as scope:
         assert scope is None
 
 
-def test_the_number_of_a_host_alone_moves_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_further_hosts_write_to_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_DISTRIBUTION_PROCESS_ID", "1")
     options = driver_train_save_evaluate.parse_options(["--output", "here"])
     assert options.save == str(Path("here") / "model.keras")

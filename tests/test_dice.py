@@ -1,4 +1,4 @@
-"""Dice and its relatives against counting by hand, sets and scikit-learn."""
+"""Dice and the other scores, compared with hand counts, sets and scikit-learn."""
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ def batch(*masks: list[list[int]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("truth", "prediction", "dice", "jaccard"), TABLE)
-def test_hand_drawn_masks(
+def test_small_masks_score_as_counted_by_hand(
     truth: list[list[int]], prediction: list[list[int]], dice: float, jaccard: float
 ) -> None:
     scores = segment.score_masks(np.array(truth), np.array(prediction))
@@ -42,7 +42,7 @@ def test_hand_drawn_masks(
     np.testing.assert_allclose(keras.ops.convert_to_numpy(metric), [dice], rtol=1e-6)
 
 
-def test_random_masks_score_as_sets_and_scikit_learn_have_it() -> None:
+def test_random_masks_score_as_with_sets_and_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         truth, prediction = rng.random((2, 12, 17)) < rng.random((2, 1, 1))
@@ -58,20 +58,20 @@ def test_random_masks_score_as_sets_and_scikit_learn_have_it() -> None:
         assert scores["specificity"] == pytest.approx(recall)
 
 
-def test_where_there_is_nothing_to_find_nothing_was_missed() -> None:
+def test_scores_without_any_lesion_or_background_are_defined() -> None:
     scores = segment.score_masks(np.array(NONE), np.array(NONE))
     assert set(scores.values()) == {1.0}
     assert segment.score_masks(np.array(NONE), np.array(CORNER))["specificity"] == 8 / 9
     assert segment.score_masks(np.array(ALL), np.array(CORNER))["specificity"] == 1
 
 
-def test_jaccard_counts_from_065_on() -> None:
+def test_the_thresholded_jaccard_is_zero_below_065() -> None:
     truth = np.arange(20) < 20
     assert segment.score_masks(truth, np.arange(20) < 13)["thresholded_jaccard"] == 0.65
     assert segment.score_masks(truth, np.arange(20) < 12)["thresholded_jaccard"] == 0
 
 
-def test_the_metric_is_the_mean_of_the_images_not_of_the_pooled_pixels() -> None:
+def test_the_metric_averages_over_images_rather_than_pixels() -> None:
     truth, prediction = batch(ALL, CORNER), batch(ALL, TOP)
     per_image = keras.ops.convert_to_numpy(segment.dice_coefficient(truth, prediction))
     np.testing.assert_allclose(per_image, [1, 0])
@@ -81,13 +81,13 @@ def test_the_metric_is_the_mean_of_the_images_not_of_the_pooled_pixels() -> None
     assert float(metric.result()) == pytest.approx(2 / 3)
 
 
-def test_the_metric_cuts_probabilities_at_a_half() -> None:
+def test_the_metric_thresholds_probabilities_at_a_half() -> None:
     probabilities = 0.2 + 0.4 * batch(CROSS)  # 0.2 and 0.6
     metric = segment.dice_coefficient(batch(CROSS), probabilities)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(metric), [1])
 
 
-def test_the_soft_loss_is_what_a_pencil_gives() -> None:
+def test_the_dice_loss_equals_its_formula() -> None:
     probabilities = 0.5 * batch(ALL, ALL)
     loss = segment.dice_loss(batch(CROSS, NONE).astype(np.uint8), probabilities)
     expected = [1 - (2 * 2.5 + 1) / (5 + 4.5 + 1), 1 - 1 / (4.5 + 1)]
@@ -104,12 +104,12 @@ def test_the_default_loss_adds_the_mean_cross_entropy_of_each_image() -> None:
     np.testing.assert_allclose(sure, [0, 0], atol=1e-5)
 
 
-def test_two_empty_masks_cost_nothing_and_a_perfect_one_neither() -> None:
+def test_the_dice_loss_of_a_perfect_or_empty_mask_is_zero() -> None:
     loss = segment.dice_loss(batch(NONE, CROSS), batch(NONE, CROSS))
     np.testing.assert_allclose(keras.ops.convert_to_numpy(loss), [0, 0], atol=1e-6)
 
 
-def test_an_empty_mask_in_a_batch_leaves_the_loss_of_the_others_alone() -> None:
+def test_an_empty_mask_does_not_change_the_loss_of_other_images() -> None:
     alone = segment.dice_loss(batch(CROSS), 0.7 * batch(TOP))
     together = segment.dice_loss(batch(CROSS, NONE), 0.7 * batch(TOP, NONE))
     np.testing.assert_allclose(
@@ -117,7 +117,7 @@ def test_an_empty_mask_in_a_batch_leaves_the_loss_of_the_others_alone() -> None:
     )
 
 
-def test_masks_that_cannot_be_compared_are_refused() -> None:
+def test_masks_of_other_shapes_or_values_are_refused() -> None:
     with pytest.raises(segment.SegmentError, match=r"shapes \(3, 3\) and \(2, 3\)"):
         segment.score_masks(np.zeros((3, 3)), np.zeros((2, 3)))
     with pytest.raises(segment.SegmentError, match=r"prediction holds values of 0 to 255"):
@@ -128,5 +128,5 @@ def test_masks_that_cannot_be_compared_are_refused() -> None:
         segment.score_masks(np.zeros(0), np.zeros(0))
 
 
-def test_lists_are_scored_like_arrays() -> None:
+def test_masks_may_be_lists() -> None:
     assert segment.score_masks(CROSS, TOP)["dice"] == 2 / 8  # type: ignore[arg-type]

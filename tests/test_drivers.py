@@ -1,4 +1,4 @@
-"""Both drivers: in process, and once as a person runs them."""
+"""Both drivers: in process, and once from the command line."""
 
 import csv
 import functools
@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from conftest import MakePairs
@@ -46,7 +48,7 @@ def train(
 
 @pytest.fixture
 def saved(make_pairs: MakePairs, tmp_path: Path) -> Path:
-    """A model file as the train driver leaves it on 12 pairs, of which 9 were trained on."""
+    """A model file as the train driver saves it, with 9 of 12 pairs to train and validate."""
     split = segment.train_val_test_split(*make_pairs(12), test_split=0.25)
     path = tmp_path / "trained" / "model.keras"
     segment.save_model(segment.create_model((32, 32), num_filters=2), path, split=split)
@@ -55,7 +57,7 @@ def saved(make_pairs: MakePairs, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def load(tmp_path: Path, eager: None) -> Run:
-    """Runs the load driver on what `train` or `saved` left, with further options."""
+    """Runs the load driver on the model of `train` or `saved`, with further options."""
 
     def run(*options: str) -> int:
         model, output = tmp_path / "trained" / "model.keras", tmp_path / "loaded"
@@ -88,31 +90,38 @@ def test_the_load_driver_repeats_every_score_of_the_train_driver(
     assert rows(tmp_path / "loaded") == scores
     table = trained[trained.index("3 images, each") : trained.index("Scores, figures")]
     assert table in loaded
-    assert "Evaluating the 3 test images put aside in training" in loaded
+    assert "Evaluating the 3 test images held out in training" in loaded
 
 
-def test_the_test_images_were_never_trained_or_validated_on(train: Run, tmp_path: Path) -> None:
+def test_test_images_are_not_used_in_training(train: Run, tmp_path: Path) -> None:
     train()
     model = segment.load_model(tmp_path / "trained" / "model.keras")
     split = segment.model_record(model).split
     tested = {row["id"] for row in rows(tmp_path / "trained")}
-    seen = {segment.image_id(name) for part in ("train", "val") for name in split[part]}
+    seen = {*split["train"], *split["val"]}
     assert len(tested) + len(seen) == 12
     assert not tested & seen
 
 
-def test_everything_documented_is_written(train: Run, tmp_path: Path) -> None:
+def test_the_documented_files_are_written_and_hidden_files_are_kept(
+    train: Run, tmp_path: Path
+) -> None:
+    users = {".2023-12.csv", ".12-34.keras"}
+    (tmp_path / "trained").mkdir()
+    for name in (*users, ".segment-unfinished-12-34.keras"):
+        (tmp_path / "trained" / name).write_text("half")
+        os.utime(tmp_path / "trained" / name, (0, 0))
     train("--inspect")
-    assert set(os.listdir(tmp_path / "trained")) == {
+    assert set(os.listdir(tmp_path / "trained")) == users | {
         "image_sizes.png", "model.keras", "training.csv", "scores.csv", "summary.json", "masks",
         "predictions.png", "worst.png", "histogram.png", "training.png", "last.keras",
     }  # fmt: skip
 
 
-def test_a_training_that_was_killed_goes_on_with_resume(
+def test_resume_continues_a_training_that_was_killed(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment, "choose_threshold", segment._subplots)  # fails after training
+    monkeypatch.setattr(segment, "choose_threshold", None)  # fails after training
     with pytest.raises(TypeError):
         train()
     monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.5)
@@ -126,7 +135,7 @@ def test_a_training_that_was_killed_goes_on_with_resume(
 
 
 STEPS = (
-    "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
+    "find_image_pairs", "usable_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
     "train_val_test_split", "create_generator", "create_model", "train_model", "choose_threshold",
     "save_model", "load_model", "predict", "predict_each", "results",
 )  # fmt: skip
@@ -152,22 +161,24 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def test_the_steps_come_in_the_documented_order(train: Run, load: Run, steps: list[str]) -> None:
+def test_the_drivers_take_the_documented_steps_in_order(
+    train: Run, load: Run, steps: list[str]
+) -> None:
     train("--inspect")
     assert steps == [
-        "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
+        "find_image_pairs", "usable_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
         "train_val_test_split", *["create_generator"] * 3, "create_model", "train_model",
         "predict", "choose_threshold", "save_model", "predict_each", "results",
     ]  # fmt: skip
     steps.clear()
     load("--inspect")
     assert steps == [
-        "find_image_pairs", "check_pairs", "inspect", "plot_image_sizes", "load_model",
+        "find_image_pairs", "inspect", "plot_image_sizes", "load_model", "usable_pairs",
         "create_generator", "predict_each", "results",
     ]  # fmt: skip
 
 
-def test_only_training_images_are_shuffled_and_augmented_and_sizes_inspected_on_demand(
+def test_only_training_images_are_shuffled_and_augmented(
     train: Run, steps: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create, made = segment.create_generator, []
@@ -181,10 +192,10 @@ def test_only_training_images_are_shuffled_and_augmented_and_sizes_inspected_on_
     assert [(g.shuffle, g.augment) for g in made] == [(True, True), (False, False), (False, False)]
     assert [len(g.image_paths) for g in made] == [8, 1, 3]
     assert made[0].seed == 7
-    assert not {"inspect", "plot_image_sizes", "find_same_lesions"} & set(steps)
+    assert not {"inspect", "plot_image_sizes", "find_same_lesions"} & set(steps)  # no --inspect
 
 
-def test_another_folder_is_scored_whole_only_with_all(
+def test_another_folder_is_scored_only_with_all(
     saved: Path, load: Run, make_pairs: MakePairs, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -199,7 +210,7 @@ def test_another_folder_is_scored_whole_only_with_all(
     assert [row["id"] for row in rows(tmp_path / "loaded")] == [f"other_{i:07}" for i in range(4)]
 
 
-def test_training_images_in_a_test_are_never_passed_over_in_silence(
+def test_scoring_training_images_is_a_warning(
     saved: Path, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert load("--all") == 0
@@ -212,10 +223,10 @@ def test_a_subset_takes_the_first_pairs(train: Run, tmp_path: Path) -> None:
     train("--subset", "8")
     split = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras")).split
     names = sorted(name for part in split.values() for name in part)
-    assert names == [f"ISIC_{i:07}.png" for i in range(8)]
+    assert names == [f"ISIC_{i:07}" for i in range(8)]
 
 
-def test_bad_data_ends_in_a_sentence_and_status_2(
+def test_unusable_data_is_reported_with_status_2(
     train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert load() == 2
@@ -223,14 +234,14 @@ def test_bad_data_ends_in_a_sentence_and_status_2(
     assert train("--image-size", "30", "32") == 2
     assert "divisible by 16" in capsys.readouterr().err
     assert train("--test-split", "1.5") == 2
-    assert "test_split is 1.5: expected a share" in capsys.readouterr().err
+    assert "test_split is 1.5: expected a fraction" in capsys.readouterr().err
     (tmp_path / "data" / "images" / "ISIC_0000003.png").unlink()
     assert train() == 2
     assert "1 masks without an image (ISIC_0000003)" in capsys.readouterr().err
     (tmp_path / "data" / "masks" / "ISIC_0000003_segmentation.png").unlink()
 
 
-def test_bad_files_are_listed_at_once_and_left_out_on_demand(
+def test_unusable_files_are_listed_together_or_left_out_with_skip_bad(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data" / "images" / "ISIC_0000002.png").write_bytes(b"no image")
@@ -239,24 +250,25 @@ def test_bad_files_are_listed_at_once_and_left_out_on_demand(
     printed = capsys.readouterr().err
     assert "ISIC_0000002.png: cannot be read as an image" in printed
     assert "ISIC_0000005.png is 40 × 56" in printed
-    assert "Error: 2 of 12 images cannot be used (see above)" in printed
+    assert "Error: 2 of 12 images cannot be used: fix the files, or leave them out" in printed
     assert train("--skip-bad") == 0
+    assert capsys.readouterr().err.count("Warning: left out: ") == 2
     summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
     assert [Path(path).stem for path in summary["left_out"]] == ["ISIC_0000002", "ISIC_0000005"]
     model = segment.load_model(tmp_path / "trained" / "model.keras")
     assert sum(map(len, segment.model_record(model).split.values())) == 10
 
 
-def test_a_bad_test_image_is_left_out_and_images_are_checked_without_masks_too(
+def test_unusable_images_are_left_out_of_the_test_set_and_without_masks(
     saved: Path, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = segment.model_record(segment.load_model(saved)).split["test"][0]
-    (tmp_path / "data" / "images" / bad).write_bytes(b"no image")
+    (tmp_path / "data" / "images" / f"{bad}.png").write_bytes(b"no image")
     assert load("--skip-bad") == 0
     assert len(rows(tmp_path / "loaded")) == 2
     only = [str(saved), *data(tmp_path)[:2], "--all", "--output", str(tmp_path / "only")]
     assert driver_load_evaluate.main(only) == 2
-    assert f"Error: {tmp_path}" in capsys.readouterr().err
+    assert "Error: 1 of 12 images cannot be used" in capsys.readouterr().err
     assert driver_load_evaluate.main([*only, "--skip-bad"]) == 0
     assert len(rows(tmp_path / "only")) == 11
     for path in (tmp_path / "data" / "images").iterdir():
@@ -265,38 +277,53 @@ def test_a_bad_test_image_is_left_out_and_images_are_checked_without_masks_too(
     assert "Error: None of the images can be used" in capsys.readouterr().err
 
 
-def test_a_training_with_other_options_is_not_gone_on_with_and_stays(
+def test_resume_refuses_other_options_and_keeps_the_checkpoint(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("--resume") == 0
-    assert "There is no training to go on with" in capsys.readouterr().out
+    assert "There is no checkpoint in" in capsys.readouterr().out
     last = tmp_path / "trained" / "last.keras"
     before = last.read_bytes()
     assert train("--resume", "--learning-rate", "0.5", "--batch-size", "3") == 2
-    told = capsys.readouterr().err
-    assert "last.keras is of a training with other values of batch_size, learning_rate" in told
+    message = "last.keras is the checkpoint of a training with another batch_size, learning_rate:"
+    assert message in capsys.readouterr().err
     assert train("--learning-rate", "-1") == 2
     assert last.read_bytes() == before
 
 
-def test_weights_of_another_network_are_no_start(
+def test_resume_refuses_another_seed_and_other_files(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    capsys.readouterr()
+    assert train("--resume", "--seed", "1") == 2
+    assert "a training with another seed, split:" in capsys.readouterr().err
+    for folder in ("masks", "images"):  # the same pixels in another file
+        path = sorted((tmp_path / "data" / folder).iterdir())[0]
+        Image.open(path).save(path, compress_level=0)
+        assert train("--resume") == 2
+        named = {"masks": "sha256_of_masks", "images": "sha256_of_images, sha256_of_masks"}
+        assert f"a training with another {named[folder]}:" in capsys.readouterr().err
+
+
+def test_start_from_refuses_another_network(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     segment.save_model(segment.create_model((32, 32), num_filters=3), tmp_path / "m.keras")
     assert train("--start-from", str(tmp_path / "m.keras")) == 2
-    assert "m.keras is of another network" in capsys.readouterr().err
+    assert "m.keras holds another network" in capsys.readouterr().err
 
 
-def test_an_unknown_backend_is_no_traceback() -> None:
+def test_an_unknown_backend_is_reported_in_one_sentence() -> None:
     done = subprocess.run(
         [sys.executable, "driver_load_evaluate.py"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "KERAS_BACKEND": "none"},
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "none: pip install -r requirements.txt, and mind KERAS_BACKEND" in done.stderr
+    assert "run pip install -r requirements.txt, and check KERAS_BACKEND" in done.stderr
 
 
-def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(
+def test_an_output_that_is_not_a_folder_is_reported_with_status_2(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -317,7 +344,7 @@ def test_an_output_that_is_no_folder_ends_in_a_sentence_and_status_2(
         (["--image-size", "256"], "expected 2 arguments"),
     ],
 )
-def test_wrong_options_end_in_a_sentence_and_status_2(
+def test_invalid_options_are_reported_with_status_2(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -326,26 +353,26 @@ def test_wrong_options_end_in_a_sentence_and_status_2(
     assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_the_best_model_and_ends_with_130(
+def test_ctrl_c_keeps_the_best_epoch_and_ends_with_130(
     train: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    keep = segment._EpochKeeper.on_epoch_end
+    on_epoch_end = segment._BestCheckpoint.on_epoch_end
 
     def interrupt(self: Any, epoch: int, logs: Any = None) -> None:
-        keep(self, epoch, logs)
+        on_epoch_end(self, epoch, logs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(segment._EpochKeeper, "on_epoch_end", interrupt)
+    monkeypatch.setattr(segment._BestCheckpoint, "on_epoch_end", interrupt)
     assert train("--epochs", "9") == 130
     assert "The best epoch so far is in" in capsys.readouterr().err
     model = segment.load_model(tmp_path / "trained" / "model.keras")
     assert len(segment.model_record(model).history["loss"]) == 1
 
 
-def test_ctrl_c_before_the_first_epoch_does_not_claim_a_model(
+def test_ctrl_c_before_the_first_epoch_keeps_an_earlier_model(
     train: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -364,7 +391,35 @@ def test_ctrl_c_before_the_first_epoch_does_not_claim_a_model(
     assert model.read_bytes() == before
 
 
-def test_ctrl_c_and_a_missing_package_at_start_up_are_sentences_too(
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
+        (OSError("broken"), "broken"),
+        (PermissionError(13, "Permission denied", "a.png"), "a.png: Permission denied"),
+        (segment.SegmentError("a.png: no mask."), "a.png: no mask."),
+    ],
+)
+def test_run_driver_reports_an_error_as_it_is(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steps(_: Any) -> None:
+        raise error
+
+    assert segment.run_driver(steps, None) == 2
+    assert capsys.readouterr().err == f"Error: {message}\n"
+
+
+def test_run_driver_reports_warnings_and_restores_their_display(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = warnings.showwarning
+    assert segment.run_driver(warnings.warn, "a.png: the mask is empty.") == 0
+    assert warnings.showwarning is before
+    assert capsys.readouterr().err == "Warning: a.png: the mask is empty.\n"
+
+
+def test_ctrl_c_and_a_missing_package_at_the_start_are_reported(
     load: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt() -> None:
@@ -378,19 +433,19 @@ def test_ctrl_c_and_a_missing_package_at_start_up_are_sentences_too(
     assert "pip install -r requirements.txt" in capsys.readouterr().err
 
 
-def test_everything_can_be_trained_on_and_nothing_validated_or_tested(
+def test_without_validation_and_test_set_all_pairs_are_trained_on(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("--val-split", "0", "--test-split", "0") == 0
     printed = capsys.readouterr().out
     assert "12 to train, 0 to validate, 0 to test on" in printed
-    assert "there is nothing to score" in printed
+    assert "No image was held out (--test-split 0): there is nothing to score" in printed
     split = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras")).split
     assert [len(split[part]) for part in ("train", "val", "test")] == [12, 0, 0]
     assert not (tmp_path / "trained" / "scores.csv").exists()
 
 
-def test_the_trained_model_segments_a_folder_of_images_without_masks(
+def test_the_pretrained_model_segments_images_without_masks(
     saved: Path, make_pairs: MakePairs, tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment, "PRETRAINED", saved)
@@ -404,31 +459,30 @@ def test_the_trained_model_segments_a_folder_of_images_without_masks(
     assert "dice" in rows(tmp_path / "out")[0]
 
 
-def test_a_model_named_without_masks_asks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_masks_asks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         driver_load_evaluate.main(["a.keras", "--image-dir", "x"])
     assert "add --all to segment them" in capsys.readouterr().err
 
 
-def test_prediction_and_threshold_are_chosen_on_validation_images_and_can_be_switched(
+def test_the_threshold_is_chosen_on_the_validation_images(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict, calls = segment.predict_each, []
+    choices = []
 
-    def spy(model: Any, generator: Any, *, mirror: bool, one_region: bool, **options: Any) -> Any:
-        calls.append((len(generator.image_paths), {"mirror": mirror, "one_region": one_region}))
-        return predict(model, generator, mirror=mirror, one_region=one_region, **options)
+    def choose(generator: segment.ImageGenerator, predictions: segment.Predictions) -> float:
+        choices.append((len(generator.image_paths), len(predictions), predictions.one_region))
+        return 0.35
 
-    monkeypatch.setattr(segment, "predict_each", spy)
-    monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.35)
-    train("--no-mirror", "--no-one-region")
-    options = {"mirror": False, "one_region": False}
-    assert calls == [(1, options), (3, options)]
-    saved = segment.load_model(tmp_path / "trained" / "model.keras")
-    assert segment.model_record(saved).threshold == 0.35
+    monkeypatch.setattr(segment, "choose_threshold", choose)
+    train("--no-one-region")
+    assert choices == [(1, 1, False)]
+    record = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras"))
+    assert (record.threshold, record.mirror, record.one_region) == (0.35, True, False)
+    assert json.loads((tmp_path / "trained" / "summary.json").read_text())["threshold"] == 0.35
 
 
-def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path: Path) -> None:
+def test_start_from_takes_the_weights_of_another_frame(train: Run, tmp_path: Path) -> None:
     first, then = tmp_path / "a.keras", tmp_path / "b.keras"
     segment.save_model(segment.create_model((16, 16)), first)
     again = ["--image-size", "48", "32", "--start-from", str(first), "--bfloat16"]
@@ -440,10 +494,10 @@ def test_training_begins_with_the_weights_of_another_frame(train: Run, tmp_path:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
+def test_the_same_seed_gives_the_same_model_and_the_record_names_its_origin(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []  # and not done, since it would slow every test that follows
+    asked: list[bool] = []  # in place of the switch, which would slow all later tests
     experimental = sys.modules["tensorflow"].config.experimental
     monkeypatch.setattr(experimental, "enable_op_determinism", lambda: asked.append(True))
     weights, scores = [], []
@@ -459,31 +513,83 @@ def test_the_same_seed_gives_the_same_bits_and_the_file_says_where_it_came_from(
     origin = segment.model_record(model).origin
     assert origin["options"]["seed"] == 3
     images = sorted((tmp_path / "data" / "images").iterdir())
-    told = b"".join(p.name.encode() + hashlib.sha256(p.read_bytes()).digest() for p in images)
-    assert origin["sha256_of_images"] == hashlib.sha256(told).hexdigest()
+    content = b"".join(p.name.encode() + hashlib.sha256(p.read_bytes()).digest() for p in images)
+    assert origin["sha256_of_images"] == hashlib.sha256(content).hexdigest()
 
 
 def test_the_load_driver_predicts_as_the_train_driver_did(
     train: Run, load: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict, calls = segment.predict_each, []
+    predict, threshold = keras.Model.predict_on_batch, segment._threshold
+    batches: list[int] = []
+    one_region: set[bool] = set()
 
-    def spy(model: Any, generator: Any, **options: Any) -> Any:
-        calls.append((generator.batch_size, options))
-        return predict(model, generator, **options)
+    def spy_predict(model: keras.Model, images: Any) -> Any:
+        batches.append(len(images))
+        return predict(model, images)
 
-    monkeypatch.setattr(segment, "predict_each", spy)
+    def spy_threshold(prediction: segment.Predictions, *sizes: Any) -> Any:
+        one_region.add(prediction.one_region)
+        return threshold(prediction, *sizes)
+
+    monkeypatch.setattr(keras.Model, "predict_on_batch", spy_predict)
+    monkeypatch.setattr(segment, "_threshold", spy_threshold)
     train("--no-mirror", "--no-one-region", "--batch-size", "3")
+    assert (batches, one_region) == ([1, 3], {False})
     load()
-    assert calls[-1] == calls[-2] == (3, {"mirror": False, "one_region": False})
-    load("--mirror", "--batch-size", "2")
-    assert calls[-1] == (2, {"mirror": True, "one_region": False})
-    options = driver_load_evaluate.parse_options([])
-    driver_load_evaluate.predict_as_trained(options, {"batch_size": "many", "mirror": 7})
-    assert (options.batch_size, options.mirror, options.one_region) == (8, True, True)
+    assert (batches, one_region) == ([1, 3, 3], {False})
+    load("--mirror", "--batch-size", "2", "--one-region")  # four flips of two images
+    assert (batches, one_region) == ([1, 3, 3, 8, 8], {False, True})
 
 
-def test_a_threshold_can_be_given_to_both_drivers(
+Decoded = list[tuple[str, Any]]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
+    """The id and the frames of every image that is decoded."""
+    decode, calls = segment._decode_image, []
+
+    def spy(path: segment.StrPath, sizes: Any) -> Any:
+        calls.append((segment.image_id(path), list(sizes)))
+        return decode(path, sizes)
+
+    monkeypatch.setattr(segment, "_decode_image", spy)
+    return calls
+
+
+def test_the_train_driver_decodes_each_image_once(
+    train: Run, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = segment.results
+    before: list[str] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        before.extend(id_ for id_, _ in decoded)
+        return results(*args, **kwargs)
+
+    monkeypatch.setattr(segment, "results", spy)
+    assert train("--inspect", "--epochs", "2", "--num-imgs", "0") == 0
+    assert sorted(before) == [f"ISIC_{i:07}" for i in range(12)]
+    assert len(decoded) == 12
+
+
+def test_the_load_driver_decodes_each_image_once_and_again_for_an_overlay(
+    saved: Path, load: Run, tmp_path: Path, decoded: Decoded
+) -> None:
+    assert load("--all", "--inspect", "--num-imgs", "0") == 0
+    ids = [f"ISIC_{i:07}" for i in range(12)]
+    assert sorted(id_ for id_, sizes in decoded if None not in sizes) == ids
+    assert len(decoded) == 12
+    decoded.clear()
+    alone = [str(saved), "--all", *data(tmp_path)[:2], "--output", str(tmp_path / "alone")]
+    assert driver_load_evaluate.main([*alone, "--num-imgs", "0"]) == 0
+    assert sorted(id_ for id_, sizes in decoded if sizes == [(32, 32)]) == ids
+    assert sorted(id_ for id_, sizes in decoded if sizes == [None]) == ids
+    assert len(decoded) == 24
+
+
+def test_both_drivers_take_a_threshold(
     train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("--threshold", "0.6") == 0
@@ -497,7 +603,7 @@ def test_a_threshold_can_be_given_to_both_drivers(
     assert "--threshold 1.5: expected a probability" in capsys.readouterr().err
 
 
-def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_folder_gets_the_defaults_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     sample = ["--image-dir", "images/sample/input", "--mask-dir", "images/sample/truth"]
     parse = driver_train_save_evaluate.parse_options
@@ -508,18 +614,20 @@ def test_the_sample_is_recognised_when_it_is_spelled_out(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
-def test_output_that_cannot_be_printed_is_a_sentence() -> None:
-    code = "import driver_load_evaluate as d, sys; sys.exit(d.run(lambda _: print('x'), None))"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_cannot_be_written_is_reported(unbuffered: str) -> None:
+    code = "import segment, sys; sys.exit(segment.run_driver(lambda _: print('x'), None))"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert done.returncode == 2
-    assert done.stderr.startswith("Error: what the driver prints cannot be written (No space left")
-    assert len(done.stderr.splitlines()) == 1
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    message = "Error: Standard output cannot be written (No space left on device)."
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, message)
+    assert "Traceback" not in done.stderr
 
 
-def test_help_comes_without_starting_tensorflow() -> None:
+def test_help_is_printed_without_starting_tensorflow() -> None:
     for driver in ("driver_train_save_evaluate", "driver_load_evaluate"):
         code = f"import sys, {driver} as d\ntry: d.main(['--help'])\nfinally: print(*sys.modules)"
         done = subprocess.run(
@@ -529,13 +637,13 @@ def test_help_comes_without_starting_tensorflow() -> None:
         assert "keras" not in done.stdout.split("\n")[-2].split()
 
 
-def test_a_person_runs_both_drivers(make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_both_drivers_run_from_the_command_line(make_pairs: MakePairs, tmp_path: Path) -> None:
     make_pairs(12)
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, *command, *data(tmp_path), "--output", str(tmp_path / "皮膚")]
         environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-        environment["PYTHONIOENCODING"] = "ascii:strict"  # a terminal without these letters
+        environment["PYTHONIOENCODING"] = "ascii:strict"  # a terminal that cannot print 皮膚
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
 
     size = ("--image-size", "32", "32", "--epochs", "1")

@@ -20,11 +20,11 @@ def generator(pairs: segment.Pairs, **options: Any) -> segment.ImageGenerator:
 
 
 def images_of(batches: segment.ImageGenerator) -> list[bytes]:
-    """Every image of an epoch, in order, as bytes that tell it from the others."""
+    """Every image of an epoch, in order, as bytes that identify it."""
     return [image.tobytes() for index in range(len(batches)) for image in batches[index][0]]
 
 
-def test_batches_hold_what_the_loaders_load_in_order(make_pairs: MakePairs) -> None:
+def test_batches_hold_the_loaded_images_and_masks_in_order(make_pairs: MakePairs) -> None:
     images, masks = pairs = make_pairs(6)
     batches = generator(pairs)
     assert [len(batches[i][0]) for i in range(len(batches))] == [4, 2]
@@ -35,7 +35,7 @@ def test_batches_hold_what_the_loaders_load_in_order(make_pairs: MakePairs) -> N
         assert (image.dtype, mask.dtype) == (np.uint8, np.uint8)
 
 
-def test_each_epoch_shuffles_the_images_not_just_the_batches(make_pairs: MakePairs) -> None:
+def test_each_epoch_shuffles_images_rather_than_batches(make_pairs: MakePairs) -> None:
     pairs = make_pairs(9)
     plain, shuffled = generator(pairs), generator(pairs, shuffle=True)
     first = images_of(shuffled)
@@ -58,19 +58,21 @@ def test_shuffled_images_keep_their_masks(make_pairs: MakePairs) -> None:
             np.testing.assert_array_equal(mask, expected)
 
 
-def test_order_and_augmentation_follow_from_seed_and_epoch_alone(make_pairs: MakePairs) -> None:
+def test_seed_and_epoch_determine_order_and_augmentation(make_pairs: MakePairs) -> None:
     pairs = make_pairs(5)
     options = {"shuffle": True, "augment": True, "seed": 3}
     one, two = generator(pairs, **options), generator(pairs, **options)
     np.random.default_rng().random(7)
     assert one[1][0].tobytes() == two[1][0].tobytes()
-    assert images_of(one) == list(images_of(two))
+    assert images_of(one) == images_of(two)
     one.epoch = two.epoch = 7
     assert images_of(one) == images_of(two)
     assert images_of(one) != images_of(generator(pairs, **{**options, "seed": 4}))
 
 
-def test_augmentation_moves_image_and_mask_together(tmp_path: Path, make_pairs: MakePairs) -> None:
+def test_augmentation_transforms_image_and_mask_together(
+    tmp_path: Path, make_pairs: MakePairs
+) -> None:
     images, masks = make_pairs(1, SIZE)
     mask = segment.load_segmented_image(masks[0], None)
     Image.fromarray((255 * mask * [0, 1, 1] + [[[200, 0, 0]]]).astype(np.uint8)).save(images[0])
@@ -84,12 +86,13 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path, make_pairs: 
     assert len(areas) > 10
 
 
-def test_geometry_turns_mirrors_scales_and_shifts_within_the_stated_ranges() -> None:
-    turns, scales, mirrored, shifts = [], [], [], []
+def test_random_geometry_covers_the_documented_ranges() -> None:
+    turns, scales, mirrored, shifts, stretches = [], [], [], [], []
     for i in range(400):
         a, b, c, d, e, f = segment._random_affine((200, 100), (100, 50), np.random.default_rng(i))
         matrix = np.array([[a, b], [d, e]]) / 2
         turns.append(math.atan2(b, e))
+        stretches.append(math.hypot(a, b) / math.hypot(d, e))
         scales.append(abs(np.linalg.det(matrix)) ** -0.5)
         mirrored.append(np.linalg.det(matrix) < 0)
         # Where the old centre comes to lie: the solution of M (x, y) + (c, f) = (100, 50).
@@ -99,6 +102,8 @@ def test_geometry_turns_mirrors_scales_and_shifts_within_the_stated_ranges() -> 
     assert 2.1 < max(scales) <= 2.2
     assert 0.15 < np.mean(np.isclose(scales, 1)) < 0.35
     assert 0.4 < np.mean(mirrored) < 0.6
+    log_stretches = np.log(stretches) / 2
+    np.testing.assert_allclose([log_stretches.min(), log_stretches.max()], [-0.12, 0.12], rtol=0.1)
     small, zoomed = (
         np.abs(np.array(shifts)[chosen]).max(axis=0)
         for chosen in (np.array(scales) < 1.001, np.array(scales) > 1.8)
@@ -108,7 +113,7 @@ def test_geometry_turns_mirrors_scales_and_shifts_within_the_stated_ranges() -> 
     assert (zoomed <= (30, 15)).all()
 
 
-def test_colours_change_the_image_but_neither_the_padding_nor_the_mask() -> None:
+def test_random_colors_change_the_image_but_not_the_padding() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     image[4:12] = 128
     tables = [segment._random_colors(np.random.default_rng(i)) for i in range(50)]
@@ -122,14 +127,53 @@ def test_colours_change_the_image_but_neither_the_padding_nor_the_mask() -> None
     assert tint.std(axis=0).min() > 0.03
 
 
-def test_without_augmentation_every_epoch_is_the_same(make_pairs: MakePairs) -> None:
+def test_random_colors_raise_and_lower_the_contrast() -> None:
+    tables = [
+        np.reshape(segment._random_colors(np.random.default_rng(i)), (3, 256)) for i in range(100)
+    ]
+    # Without a change of contrast, level 1 would become at most 7, and level 6 at least 1.
+    lowered = [table[:, 1].min() > 7 for table in tables]
+    raised = [table[:, 6].max() == 0 for table in tables]
+    assert 0.2 < np.mean(lowered) < 0.5
+    assert 0.3 < np.mean(raised) < 0.6
+
+
+def test_a_fifth_of_the_augmented_images_is_blurred() -> None:
+    rng = np.random.default_rng(0)
+    pair = np.full((128, 128, 4), 128, np.uint8)
+    pair[..., :3] += rng.integers(0, 2, (128, 128, 1), np.uint8) * 64
+    pair[..., 3] = pair[..., 0] > 128
+    noise = []
+    for i in range(200):
+        augmented = segment._augment(pair, (64, 64), np.random.default_rng(i))
+        inside = augmented[16:48, 16:48, 1].astype(float)
+        noise.append(inside.std() / inside.mean())
+        assert set(np.unique(augmented[..., 3])) <= {0, 1}  # the mask is not blurred
+    assert 0.1 < np.mean(np.array(noise) < 0.5 * np.median(noise)) < 0.3
+
+
+def test_every_epoch_is_the_same_without_shuffling_and_augmentation(make_pairs: MakePairs) -> None:
     batches = generator(make_pairs(3))
     first = images_of(batches)
     batches.on_epoch_end()
     assert images_of(batches) == first
 
 
-def test_images_without_masks_can_be_predicted_and_keep_their_order(make_pairs: MakePairs) -> None:
+def test_the_parts_of_a_batch_are_its_pairs_in_order(make_pairs: MakePairs) -> None:
+    batches = generator(make_pairs(6), shuffle=True, augment=True)
+    whole = batches.batch_part(0)
+    parts = [batches.batch_part(0, part, 2) for part in range(2)]
+    assert [part.shape for part in parts] == [(2, *SIZE, 4)] * 2
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(np.concatenate(batches[0], axis=3), whole)
+
+
+def test_whole_batches_drop_a_shorter_last_batch(make_pairs: MakePairs) -> None:
+    assert len(generator(make_pairs(6), whole_batches=True)) == 1
+    assert len(generator(make_pairs(8, folder="more"), whole_batches=True)) == 2
+
+
+def test_images_without_masks_are_predicted_in_order(make_pairs: MakePairs) -> None:
     images, _ = make_pairs(6)
     mean = keras.Sequential([keras.Input((*SIZE, 3)), keras.layers.GlobalAveragePooling2D()])
     batches = segment.create_generator(images, image_size=SIZE, batch_size=4)
@@ -138,7 +182,7 @@ def test_images_without_masks_can_be_predicted_and_keep_their_order(make_pairs: 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_fit_sees_every_image_once_an_epoch_whatever_the_workers(
+def test_fit_sees_every_image_once_per_epoch_with_any_number_of_workers(
     make_pairs: MakePairs, workers: int
 ) -> None:
     pairs = make_pairs(7)
@@ -162,7 +206,7 @@ def test_fit_sees_every_image_once_an_epoch_whatever_the_workers(
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_bad_image_in_mid_epoch_is_named(make_pairs: MakePairs) -> None:
+def test_an_unreadable_image_in_a_later_batch_is_reported(make_pairs: MakePairs) -> None:
     images, masks = make_pairs(5)
     Path(images[4]).write_bytes(b"no image")
     model = segment.create_model(SIZE, num_filters=1)
@@ -170,7 +214,7 @@ def test_a_bad_image_in_mid_epoch_is_named(make_pairs: MakePairs) -> None:
         segment.predict(model, generator((images, masks)), verbose=0)
 
 
-def test_a_mask_of_another_size_is_refused_and_both_files_are_named(make_pairs: MakePairs) -> None:
+def test_a_mask_of_another_size_is_refused(make_pairs: MakePairs) -> None:
     images, masks = make_pairs(2)
     Image.new("L", (40, 56)).save(masks[1])
     message = r"ISIC_0000001\.png is 40 × 56 .* its mask .*segmentation\.png is 56 × 40"
@@ -178,7 +222,7 @@ def test_a_mask_of_another_size_is_refused_and_both_files_are_named(make_pairs: 
         generator((images, masks))[0]
 
 
-def test_senseless_arguments_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(segment.SegmentError, match="at least one image"):
         segment.create_generator([], [])
     with pytest.raises(segment.SegmentError, match="2 images came with 1 masks"):
@@ -191,33 +235,30 @@ def test_senseless_arguments_are_refused() -> None:
         segment.create_generator(["a"], ["b"], image_size=(64,))  # type: ignore[arg-type]
 
 
-def test_paths_in_an_array_serve_as_well_as_in_a_list(make_pairs: MakePairs) -> None:
+def test_paths_may_be_an_array(make_pairs: MakePairs) -> None:
     images, masks = make_pairs(3)
-    batches = segment.create_generator(np.array(images), np.array(masks), image_size=SIZE)  # type: ignore[arg-type]
+    batches = segment.create_generator(np.array(images), np.array(masks), image_size=SIZE)
     assert images_of(batches) == images_of(generator((images, masks)))
 
 
-def test_images_are_decoded_once_as_far_as_the_memory_of_the_cache_goes(
-    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("budget", "decodings"), [(5, 5), (4.99, 7), (0, 15)])
+def test_images_are_decoded_once_as_far_as_the_budget_of_the_cache_suffices(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch, budget: float, decodings: int
 ) -> None:
-    pairs, decode, decoded = make_pairs(5), segment.load_input_image, []
+    pairs, decode, decoded = make_pairs(5), segment._decode_image, []
 
-    def spy(path: str, size: segment.Size) -> Any:
+    def spy(path: str, sizes: list[segment.Size | None]) -> Any:
         decoded.append(path)
-        return decode(path, size)
+        return decode(path, sizes)
 
-    monkeypatch.setattr(segment, "load_input_image", spy)
-    need = 5 * 4 * (2 * SIZE[0]) * (2 * SIZE[1])
-    for max_bytes, times in ((need, 5), (need - 1, 7), (0, 15)):
-        decoded.clear()
-        cache = segment.PairCache(max_bytes)
-        batches = generator(pairs, shuffle=True, augment=True, cache=cache)
-        epochs = []
-        for _ in range(3):
-            epochs.append(images_of(batches))
-            batches.on_epoch_end()
-        assert len(decoded) == times
-        assert set(decoded) == set(pairs[0])
+    monkeypatch.setattr(segment, "_decode_image", spy)
+    cache = segment.PairCache(int(budget * 4 * (2 * SIZE[0]) * (2 * SIZE[1])))
+    batches = generator(pairs, shuffle=True, augment=True, cache=cache)
+    for _ in range(3):
+        epoch = images_of(batches)
+        batches.on_epoch_end()
+    assert len(decoded) == decodings
+    assert set(decoded) == set(pairs[0])
     fresh = generator(pairs, shuffle=True, augment=True)
     fresh.epoch = 2
-    assert images_of(fresh) == epochs[2]
+    assert images_of(fresh) == epoch

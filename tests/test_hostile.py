@@ -1,6 +1,6 @@
-"""Whatever comes in, the outcome is right or an error of our own: generated and damaged input."""
+"""Generated and damaged input: it is used correctly, or refused with a `SegmentError`."""
 
-# ruff: noqa: PT017, either outcome is right
+# ruff: noqa: PT017, either outcome is correct
 
 import csv
 import functools
@@ -41,7 +41,7 @@ def encoded(mode: str, height: int, width: int, kind: str, seed: int) -> bytes:
 
 @repeatable(max_examples=60)
 @given(st.sampled_from(MODES), sides, st.integers(1, 40), st.booleans(), st.integers(0, 9))
-def test_a_picture_of_any_mode_and_size_is_fitted_into_the_frame(
+def test_an_image_of_any_mode_and_size_is_fitted_into_the_frame(
     mode: str, long: int, short: int, upright: bool, seed: int
 ) -> None:
     height, width = (long, short) if upright else (short, long)
@@ -67,7 +67,7 @@ damage = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 25
 
 @repeatable(max_examples=150)
 @given(st.sampled_from(["JPEG", "PNG", "TIFF", "BMP"]), damage, st.floats(0.02, 1))
-def test_a_damaged_picture_is_read_or_refused_in_a_sentence(
+def test_a_damaged_image_is_loaded_or_refused_by_name(
     kind: str, changes: list[tuple[float, int]], kept: float
 ) -> None:
     content = bytearray(encoded("RGB", 23, 31, kind, 0))
@@ -76,13 +76,15 @@ def test_a_damaged_picture_is_read_or_refused_in_a_sentence(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a.{kind.lower()}"
         path.write_bytes(content[: int(kept * len(content))])
+        refused = set()
         for load in (segment.load_input_image, segment.load_segmented_image):
             try:
                 assert load(path, (32, 32)).shape[:2] == (32, 32)
             except segment.SegmentError as error:
                 assert str(path) in str(error)
-        findings = segment.check_pairs([path], [path])
-        assert {finding.severity for finding in findings} <= {"error", "warning"}
+                refused.add(load)
+        found = {finding.severity for finding in segment.check_pairs([path])}
+        assert ("error" in found) == (segment.load_input_image in refused)
 
 
 @repeatable(max_examples=100)
@@ -92,7 +94,7 @@ def test_a_damaged_picture_is_read_or_refused_in_a_sentence(
     st.floats(0, 1, exclude_max=True),
     st.integers(0, 2**32 - 1),
 )
-def test_any_split_is_whole_and_disjoint_or_refused(
+def test_every_pair_is_in_exactly_one_set_of_a_split(
     count: int, val: float, test: float, seed: int
 ) -> None:
     images = [f"{i}.jpg" for i in range(count)]
@@ -110,7 +112,7 @@ def test_any_split_is_whole_and_disjoint_or_refused(
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a model file holds."""
+    """The members of a model file."""
     path = tmp_path_factory.mktemp("model") / "a.keras"
     segment.save_model(segment.create_model((16, 16), num_filters=1), path)
     with zipfile.ZipFile(path) as archive:
@@ -124,17 +126,7 @@ def packed(path: Path, members: dict[str, bytes], **options: Any) -> Path:
     return path
 
 
-def test_a_model_file_with_a_stray_member_is_refused(
-    members: dict[str, bytes], tmp_path: Path
-) -> None:
-    for name in ("../../evil.py", "/etc/evil", "assets/code.pkl"):
-        path = packed(tmp_path / "a.keras", {**members, name: b"x"})
-        with pytest.raises(segment.SegmentError, match="holds what no model file does"):
-            segment.load_model(path)
-    assert not list(tmp_path.parent.rglob("evil*"))
-
-
-def test_a_model_file_that_unpacks_without_end_is_refused_unread(
+def test_a_model_file_that_unpacks_to_far_more_than_it_has_is_refused(
     members: dict[str, bytes], tmp_path: Path
 ) -> None:
     bomb = {**members, "config.json": b" " * 2**26}
@@ -143,21 +135,10 @@ def test_a_model_file_that_unpacks_without_end_is_refused_unread(
         segment.load_model(path)
 
 
-def test_weights_of_a_size_that_the_file_has_not_are_refused_before_memory_is_taken(
+def test_a_network_of_more_weights_than_the_file_holds_is_refused(
     members: dict[str, bytes], tmp_path: Path
 ) -> None:
-    stream = io.BytesIO(members["model.weights.h5"])
-    with h5py.File(stream, "a") as file:
-        file.create_dataset("huge", (2**17, 2**17), "f4", chunks=(64, 64))
-    path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
-    with pytest.raises(segment.SegmentError, match=r"and 687\d{8} bytes of them, but holds"):
-        segment.load_model(path)
-
-
-def test_a_network_of_more_weights_than_the_file_is_refused_before_memory_is_taken(
-    members: dict[str, bytes], tmp_path: Path
-) -> None:
-    with ThreadPoolExecutor(1) as pool:  # where Keras gives no memory to its weights
+    with ThreadPoolExecutor(1) as pool:  # in a thread, Keras allocates no memory for them
         wide = pool.submit(wide_config).result()
     path = packed(tmp_path / "a.keras", {**members, "config.json": wide.encode()})
     with pytest.raises(segment.SegmentError, match=r"declares 12\d{9} weights"):
@@ -170,39 +151,28 @@ def wide_config() -> str:
         return json.dumps(keras.saving.serialize_keras_object(model))
 
 
-def test_metrics_that_fill_the_memory_are_refused(
-    members: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("link", ["external link", "soft link", "external data"])
+def test_weights_outside_the_model_file_are_refused(
+    members: dict[str, bytes], tmp_path: Path, link: str
 ) -> None:
-    config = json.loads(members["config.json"])
-    metric = {
-        "class_name": "MeanIoU",
-        "config": {"num_classes": 200_000},
-        "module": "keras.metrics",
-    }
-    config["compile_config"] = {"loss": "mse", "optimizer": "adam", "metrics": [metric]}
-    hungry = {**members, "config.json": json.dumps(config).encode()}
-    with pytest.raises(segment.SegmentError, match="has metrics of size 200000"):
-        segment.load_model(packed(tmp_path / "a.keras", hungry))
-
-
-def test_weights_that_lie_in_another_file_are_refused(
-    members: dict[str, bytes], tmp_path: Path
-) -> None:
-    for link in (h5py.ExternalLink("/etc/passwd", "/"), h5py.SoftLink("/layers"), None):
-        stream = io.BytesIO(members["model.weights.h5"])
-        with h5py.File(stream, "a") as file:
-            if link is None:
-                file.create_dataset("there", (9,), "u1", external=[("/etc/passwd", 0, 9)])
-            else:
-                file["there"] = link
-        path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
-        with pytest.raises(segment.SegmentError, match="has weights that lie elsewhere"):
-            segment.load_model(path)
+    (tmp_path / "secret").write_bytes(bytes(4))
+    stream, name = io.BytesIO(members["model.weights.h5"]), "layers/conv2d/vars/1"
+    with h5py.File(stream, "a") as file:  # the bias of the first convolution, one float32
+        assert file[name].shape == (1,)
+        del file[name]
+        if link == "external data":
+            file.create_dataset(name, (1,), "f4", external=[(str(tmp_path / "secret"), 0, 4)])
+        else:
+            soft = h5py.SoftLink("/layers/conv2d_1/vars/1")
+            file[name] = soft if link == "soft link" else h5py.ExternalLink("/etc/passwd", "/")
+    path = packed(tmp_path / "a.keras", {**members, "model.weights.h5": stream.getvalue()})
+    with pytest.raises(segment.SegmentError, match="not a whole, safe Keras 3 model file"):
+        segment.load_model(path)
 
 
 @repeatable(max_examples=12)
 @given(st.data())
-def test_a_damaged_model_file_loads_or_is_refused_in_a_sentence(
+def test_a_damaged_model_file_is_loaded_or_refused_by_name(
     members: dict[str, bytes], data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(sorted(members)))
@@ -217,7 +187,7 @@ def test_a_damaged_model_file_loads_or_is_refused_in_a_sentence(
             assert str(path) in str(error)
 
 
-def test_odd_file_names_come_out_right_and_inside_the_folder(tmp_path: Path) -> None:
+def test_unusual_file_names_are_kept_in_the_scores_and_the_masks(tmp_path: Path) -> None:
     names = ["a b", "it's", 'say "x"', "-rf", "=1+1", "@cmd", "naïve 皮膚", "two\nlines", "a,b"]
     folder = tmp_path / "in"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""From a file to an array in the network's frame, and back."""
+"""From a file to an array in the frame of the network, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def test_a_mask_is_never_misread_as_empty(
         segment.load_segmented_image(tmp_path / name)
 
 
-def test_a_photograph_is_no_mask(tmp_path: Path) -> None:
+def test_a_photograph_is_refused_as_a_mask(tmp_path: Path) -> None:
     draw_lesion((60, 80), 0)[0].save(tmp_path / "photo.jpg")
     with pytest.raises(segment.SegmentError, match="expected a mask of 0 and 255"):
         segment.load_segmented_image(tmp_path / "photo.jpg")
@@ -175,7 +175,7 @@ def test_lesions_neither_shrink_nor_grow_in_the_frame(tmp_path: Path, frame: seg
 
 
 @pytest.mark.parametrize("size", [(300, 401), (401, 300), (50, 37)])
-def test_a_mask_put_into_the_frame_and_back_is_the_same_mask(
+def test_a_mask_resized_to_the_frame_and_restored_is_the_same_mask(
     tmp_path: Path, size: segment.Size, make_pairs: MakePairs
 ) -> None:
     images, masks = make_pairs(1, size)
@@ -187,7 +187,7 @@ def test_a_mask_put_into_the_frame_and_back_is_the_same_mask(
     assert segment.score_masks(truth, restored)["dice"] > 0.985
 
 
-def test_putting_back_keeps_the_left_the_left(make_pairs: MakePairs) -> None:
+def test_a_restored_mask_is_not_mirrored(make_pairs: MakePairs) -> None:
     images, _ = make_pairs(1, (30, 60))
     prediction = np.zeros((1, 64, 64, 1), np.float32)
     prediction[0, :, :16] = 1
@@ -217,7 +217,7 @@ def test_a_truncated_empty_or_missing_file_is_named(tmp_path: Path) -> None:
         (np.array([[0, 0.5]], np.float32), r"float32 from 0 to 0\.5"),
     ],
 )
-def test_grey_levels_of_unknown_range_are_no_photograph(
+def test_grey_levels_of_unknown_range_are_refused(
     tmp_path: Path, levels: np.ndarray, message: str
 ) -> None:
     Image.fromarray(levels).save(tmp_path / "a.tif")
@@ -236,7 +236,7 @@ def test_the_exif_orientation_turns_the_mask_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("levels", [(0, 255), (8, 247)])
-def test_a_jpeg_mask_is_taken_only_if_next_to_nothing_lies_between(
+def test_a_jpeg_mask_with_intermediate_grey_levels_is_refused(
     tmp_path: Path, levels: tuple[int, int]
 ) -> None:
     halves: np.ndarray = np.full((64, 64), levels[0], np.uint8)
@@ -250,7 +250,7 @@ def test_a_jpeg_mask_is_taken_only_if_next_to_nothing_lies_between(
         segment.load_segmented_image(tmp_path / "a.jpg", None)
 
 
-def test_putting_back_cuts_between_the_pixels_where_the_threshold_says(
+def test_a_mask_is_thresholded_after_it_is_resized(
     make_pairs: MakePairs,
 ) -> None:
     images, _ = make_pairs(1, (64, 128))
@@ -264,7 +264,7 @@ def test_putting_back_cuts_between_the_pixels_where_the_threshold_says(
 
 
 @pytest.mark.parametrize("image_size", [64, (64,), (-3, 5), (0, 64), (6.5, 64)])
-def test_a_frame_that_is_none_is_refused(make_pairs: MakePairs, image_size: Any) -> None:
+def test_an_invalid_image_size_is_refused(make_pairs: MakePairs, image_size: Any) -> None:
     images, masks = make_pairs(1)
     for load, path in (
         (segment.load_input_image, images[0]), (segment.load_segmented_image, masks[0])

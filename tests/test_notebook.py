@@ -1,4 +1,4 @@
-"""A real notebook imports the module and goes through the documented flow."""
+"""A notebook imports the module and runs the documented flow."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ len(scores), 0 <= scores[0]["dice"] <= 1
 """
 
 
-def test_a_notebook_goes_through_the_flow_and_shows_its_figures(
+def test_a_notebook_runs_the_documented_flow_and_shows_its_figures(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_pairs(8)
@@ -43,5 +43,5 @@ def test_a_notebook_goes_through_the_flow_and_shows_its_figures(
         for cell in notebook.cells
     ]
     assert shown == [1, 0, 4, 0]
-    assert "2 images, each scored at its own size" in notebook.cells[2].outputs[0].text
+    assert "2 images, each scored at its original resolution" in notebook.cells[2].outputs[0].text
     assert notebook.cells[3].outputs[0].data["text/plain"] == "(2, True)"

@@ -1,4 +1,4 @@
-"""Finding the images and the mask of each."""
+"""Finding images and their masks."""
 
 import os
 from pathlib import Path
@@ -33,14 +33,14 @@ def test_isic_2016_part_3b_has_images_and_masks_in_one_folder(tmp_path: Path) ->
     assert names(images + masks) == ["ISIC_0000000.jpg", "ISIC_0000000_Segmentation.png"]
 
 
-def test_isic_2017_superpixels_and_tables_are_passed_over(tmp_path: Path) -> None:
+def test_isic_2017_superpixels_and_tables_are_ignored(tmp_path: Path) -> None:
     others = ("ISIC_0000000_superpixels.png", "ISIC-2017_Training_Data_metadata.csv", ".DS_Store")
     images = touch(tmp_path / "i", "ISIC_0000000.jpg", *others)
     masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png")
     assert names(segment.find_image_pairs(images, masks)[0]) == ["ISIC_0000000.jpg"]
 
 
-def test_isic_2018_licence_and_hidden_pictures_are_passed_over(tmp_path: Path) -> None:
+def test_isic_2018_licences_and_hidden_files_are_ignored(tmp_path: Path) -> None:
     others = ("LICENSE.txt", "ATTRIBUTION.txt", "._ISIC_0000000.jpg")
     images = touch(tmp_path / "i", "ISIC_0000000.jpg", *others)
     masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png", "LICENSE.txt")
@@ -55,7 +55,7 @@ def test_plain_folders_pair_by_stem_whatever_the_suffix(tmp_path: Path) -> None:
     assert names(found_masks) == ["a_segmentation.PNG", "b.png", "c.png", "d.png", "e.png"]
 
 
-def test_lists_sorted_differently_by_name_still_pair_by_id(tmp_path: Path) -> None:
+def test_images_and_masks_of_another_order_pair_by_id(tmp_path: Path) -> None:
     images = touch(tmp_path / "i", "ISIC_0000002.JPG", "ISIC_0000010.jpg", "ISIC_0000001.png")
     ids = ("ISIC_0000010", "ISIC_0000001", "ISIC_0000002")
     masks = touch(tmp_path / "m", *(f"{id_}_segmentation.png" for id_ in ids))
@@ -63,7 +63,7 @@ def test_lists_sorted_differently_by_name_still_pair_by_id(tmp_path: Path) -> No
     assert all(segment.image_id(image) == segment.image_id(mask) for image, mask in pairs)
 
 
-def test_images_and_masks_that_stand_alone_are_counted_and_named_at_once(tmp_path: Path) -> None:
+def test_all_images_and_masks_without_a_partner_are_reported_together(tmp_path: Path) -> None:
     images = touch(tmp_path / "i", *(f"{i}.jpg" for i in range(1, 9)))
     masks = touch(tmp_path / "m", "8.png", "9.png")
     with pytest.raises(segment.SegmentError) as error:
@@ -72,7 +72,7 @@ def test_images_and_masks_that_stand_alone_are_counted_and_named_at_once(tmp_pat
     assert "1 masks without an image (9)" in str(error.value)
 
 
-def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     images = touch(tmp_path / "i", "ISIC_0000000.jpg", "ISIC_0000000.png")
     masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png")
     message = r"1 ids that several images share \(ISIC_0000000\)"
@@ -80,24 +80,24 @@ def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
         segment.find_image_pairs(images, masks)
 
 
-def test_an_empty_folder_and_a_missing_one_are_named(tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(segment.SegmentError, match=r"empty holds no image"):
         segment.find_image_pairs(touch(tmp_path / "empty"), tmp_path)
     with pytest.raises(segment.SegmentError, match=r"missing is not a folder"):
         segment.find_image_pairs(tmp_path / "missing", tmp_path)
 
 
-def test_a_name_that_is_not_utf8_is_refused_before_it_reaches_a_table(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
     with pytest.raises(segment.SegmentError, match=r"1 file names are not UTF-8 .*caf\\udce9"):
         segment.find_image_pairs(tmp_path, tmp_path)
 
 
-def test_images_alone_are_found_for_prediction(tmp_path: Path) -> None:
+def test_images_without_masks_are_found_for_prediction(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a.png", "a_segmentation.png", "c_superpixels.png", ".d.png", "e.csv")
     assert names(segment.find_images(tmp_path)) == ["a.png", "b.JPG"]
     touch(tmp_path, "b.png")
     with pytest.raises(segment.SegmentError, match=r"several images of one id \(b\)"):
         segment.find_images(tmp_path)
-    with pytest.raises(segment.SegmentError, match="holds masks alone"):
+    with pytest.raises(segment.SegmentError, match="holds only masks"):
         segment.find_images(touch(tmp_path / "masks", "a_segmentation.png"))

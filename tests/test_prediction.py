@@ -1,13 +1,13 @@
-"""Prediction: mirrorings, one region, the threshold, and the estimate of its own Dice."""
+"""Prediction: test-time augmentation, masks, the threshold, and the Dice estimate."""
 
-import errno
-import os
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from conftest import MakePairs
+from PIL import Image
+from scipy import ndimage
 
 import segment
 
@@ -34,9 +34,9 @@ def test_plain_prediction_is_that_of_the_model(make_pairs: MakePairs) -> None:
     np.testing.assert_allclose(plain, unet.predict(batches, verbose=0), atol=1e-6)
 
 
-def test_many_images_are_predicted_in_parts_that_come_in_order(make_pairs: MakePairs) -> None:
+def test_many_images_are_predicted_in_their_order(make_pairs: MakePairs) -> None:
     images, _ = make_pairs(3)
-    chosen = np.random.default_rng(0).integers(0, 3, 400)  # parts of 150, the last one short
+    chosen = np.random.default_rng(0).integers(0, 3, 120)  # the last batch is short
     many = segment.create_generator([images[i] for i in chosen], image_size=(16, 16), batch_size=50)
     unet = segment.create_model((16, 16), num_filters=1)
     each = unet.predict(segment.create_generator(images, image_size=(16, 16)), verbose=0)
@@ -45,7 +45,7 @@ def test_many_images_are_predicted_in_parts_that_come_in_order(make_pairs: MakeP
     assert len({prediction.tobytes() for prediction in each}) == 3
 
 
-def test_images_are_predicted_when_they_are_asked_for_and_a_bad_one_is_named(
+def test_predictions_are_made_on_demand_and_an_unusable_image_is_named(
     make_pairs: MakePairs,
 ) -> None:
     images, _ = make_pairs(2)
@@ -60,43 +60,23 @@ def test_images_are_predicted_when_they_are_asked_for_and_a_bad_one_is_named(
         segment.results(many, segment.predict_each(unet, many, verbose=0))
 
 
-def test_images_come_in_their_order_as_they_are_and_without_their_masks(
+def test_prediction_neither_shuffles_nor_augments(
     make_pairs: MakePairs,
 ) -> None:
     images, masks = make_pairs(3)
     unet = segment.create_model((16, 16), num_filters=1)
     plain = segment.create_generator(images, image_size=(16, 16))
-    for path in masks:
-        Path(path).unlink()
     training = segment.create_generator(
         images, masks, image_size=(16, 16), shuffle=True, augment=True
     )
     predictions = segment.predict(unet, training, verbose=0)
     np.testing.assert_array_equal(predictions, segment.predict(unet, plain, verbose=0))
+    Path(masks[1]).unlink()
+    with pytest.raises(segment.SegmentError, match=r"_segmentation\.png: there is no such file"):
+        segment.predict(unet, training, verbose=0)
 
 
-def test_more_predictions_than_memory_shall_hold_lie_in_a_file_and_are_used_alike() -> None:
-    lesions = np.random.default_rng(0).random((3, 16, 16, 1)).astype(np.float32)
-    filed = segment._room_for(lesions.shape, in_memory=100)
-    assert isinstance(filed, np.memmap)
-    assert type(segment._room_for(lesions.shape)) is np.ndarray
-    filed[...] = lesions
-    np.testing.assert_array_equal(filed, lesions)
-    np.testing.assert_array_equal(segment.estimate_dice(filed), segment.estimate_dice(lesions))
-
-
-def test_a_disk_without_room_for_the_predictions_is_told_before_they_are_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(file: int, start: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)  # not everywhere
-    with pytest.raises(segment.SegmentError, match=r"room for 400 bytes .*No space left"):
-        segment._room_for((1, 10, 10, 1), in_memory=100)
-
-
-def test_mirrorings_are_put_back_and_averaged(make_pairs: MakePairs) -> None:
+def test_the_four_flips_are_flipped_back_and_averaged(make_pairs: MakePairs) -> None:
     batches, unet = generator(make_pairs), model()
     images = np.concatenate([batches[i][0] for i in range(len(batches))])
     views = [
@@ -107,52 +87,112 @@ def test_mirrorings_are_put_back_and_averaged(make_pairs: MakePairs) -> None:
     np.testing.assert_allclose(predictions, np.mean(views, axis=0), atol=1e-6)
 
 
-def test_one_region_without_holes_is_left_of_each_mask() -> None:
-    lesion: np.ndarray = np.zeros((12, 12), np.float32)
-    lesion[1:7, 1:7] = 0.9
-    lesion[3, 3] = 0.1  # a hole
-    lesion[9:11, 9:11] = 0.99  # another region, of less weight
-    lesion[0, 11] = 0.3  # doubt elsewhere
-    tidy = segment._one_region(lesion, 0.5)
-    square: np.ndarray = np.zeros((12, 12), bool)
-    square[1:7, 1:7] = True
-    np.testing.assert_array_equal(tidy >= 0.5, square)
-    assert tidy[0, 11] == np.float32(0.3)
-    assert tidy[9, 9] > 0.49  # which the estimate still counts as doubt
-    np.testing.assert_array_equal(segment._one_region(0 * lesion, 0.5), 0 * lesion)
+def two_regions() -> np.ndarray:
+    """Probabilities of a lesion with a hole, and a region that a bridge of 0.53 joins to it."""
+    lesion: np.ndarray = np.full((32, 48), 0.1, np.float32)
+    lesion[4:24, 4:20] = 0.9
+    lesion[10:14, 8:12] = 0.2
+    lesion[10:14, 20:28] = 0.53
+    lesion[8:20, 28:40] = 0.7
+    return lesion
+
+
+def first_region() -> np.ndarray:
+    square: np.ndarray = np.zeros((32, 48), bool)
+    square[4:24, 4:20] = True
+    return square
+
+
+def red_model() -> keras.Model:
+    """A model whose probability is the red of the image."""
+    image = keras.Input((*SIZE, 3))
+    red = keras.layers.Conv2D(1, 1, use_bias=False)
+    red_only = keras.Model(image, red(image))
+    red.set_weights([np.reshape([1 / 255, 0, 0], (1, 1, 3, 1))])
+    return red_only
+
+
+def test_one_region_without_holes_is_kept() -> None:
+    margin = two_regions() - 0.6
+    np.testing.assert_array_equal(segment._one_region(margin, margin >= 0), first_region())
+    empty = np.zeros((32, 48), bool)
+    np.testing.assert_array_equal(segment._one_region(margin, empty), empty)
 
 
 def test_a_clear_region_outweighs_a_larger_doubtful_one() -> None:
-    lesion: np.ndarray = np.zeros((12, 12), np.float32)
-    lesion[:, 6:] = 0.52
-    lesion[2:5, 1:4] = 0.95
-    tidy = segment._one_region(lesion, 0.5)
-    np.testing.assert_array_equal(tidy >= 0.5, lesion > 0.9)
+    margin: np.ndarray = np.full((12, 12), -0.5, np.float32)
+    margin[:, 6:] = 0.02
+    margin[2:5, 1:4] = 0.45
+    np.testing.assert_array_equal(segment._one_region(margin, margin >= 0), margin > 0.4)
 
 
-def test_regions_are_told_apart_at_the_threshold_of_the_model(make_pairs: MakePairs) -> None:
+def test_a_loaded_model_determines_threshold_and_region_of_the_masks(tmp_path: Path) -> None:
+    red = np.zeros((*SIZE, 3), np.uint8)
+    red[..., 0] = (255 * two_regions()).round()
+    Image.fromarray(red).save(tmp_path / "a.png")
+    segment.save_model(red_model(), tmp_path / "m.keras", threshold=0.6)
+    model = segment.load_model(tmp_path / "m.keras")
+    generator = segment.create_generator([tmp_path / "a.png"], image_size=SIZE)
+    predictions = segment.predict(model, generator, verbose=0)
+    np.testing.assert_allclose(predictions[0, ..., 0], two_regions(), atol=0.003)
+    each = segment.predict_each(model, generator, verbose=0)
+    for made in (predictions, each):
+        segment.results(generator, made, output_dir=tmp_path / "out")
+        written = np.asarray(Image.open(tmp_path / "out" / "masks" / "a_segmentation.png"))
+        np.testing.assert_array_equal(written > 0, first_region())
+
+
+def test_arguments_and_record_determine_what_predictions_remember(make_pairs: MakePairs) -> None:
     batches, unet = generator(make_pairs), model()
-    raw = segment.predict(unet, batches, one_region=False, verbose=0)
-    threshold = float(np.quantile(raw, 0.9))
-    segment.model_record(unet).threshold = threshold
-    tidy = segment.predict(unet, batches, verbose=0)
-    for before, after in zip(raw[..., 0], tidy[..., 0], strict=True):
-        np.testing.assert_array_equal(after, segment._one_region(before, threshold))
+    segment.model_record(unet).threshold = 0.35
+    default = segment.predict(unet, batches, verbose=0)
+    assert (default.threshold, default.one_region) == (0.35, True)
+    several = segment.predict(unet, batches, one_region=False, verbose=0)
+    some = several[1:]
+    assert isinstance(some, segment.Predictions)
+    assert (some.threshold, some.one_region) == (0.35, False)
+    np.testing.assert_array_equal(several, default)
+    segment.model_record(unet).one_region = False
+    assert not next(segment.predict_each(unet, batches, verbose=0)).one_region
+
+
+def test_every_step_makes_identical_masks(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = segment.create_generator(*make_pairs(1, (60, 100)), image_size=SIZE)
+    scored: list[np.ndarray] = []
+    score_masks = segment.score_masks
+
+    def record(truth: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+        scored.append(mask)
+        return score_masks(truth, mask)
+
+    monkeypatch.setattr(segment, "score_masks", record)
+    predictions = two_regions()[None, ..., None]
+    segment.choose_threshold(batches, predictions)
+    chosen = list(scored)
+    for i, threshold in ((0, 0.5), (4, 0.6)):
+        segment.results(batches, predictions, threshold=threshold, output_dir=tmp_path)
+        written = np.asarray(Image.open(tmp_path / "masks" / "ISIC_0000000_segmentation.png")) > 0
+        (restored,) = segment.restore_masks(batches, predictions, threshold=threshold)
+        assert ndimage.label(restored)[1] == ndimage.label(~restored)[1] == 1
+        for mask in (chosen[i], scored[-1], written):
+            np.testing.assert_array_equal(mask, restored)
 
 
 def test_the_threshold_is_that_of_the_highest_mean_dice(make_pairs: MakePairs) -> None:
-    batches = generator(make_pairs)
+    batches = segment.create_generator(*make_pairs(3, SIZE), image_size=SIZE, batch_size=2)
     truth = np.concatenate([batches[i][1] for i in range(len(batches))])
     rim = np.roll(truth, 2, axis=2)
     predictions = np.where(truth == 1, 0.62, np.where(rim == 1, 0.58, 0.1)).astype(np.float32)
     assert segment.choose_threshold(batches, predictions) == 0.6
     assert segment.choose_threshold(batches, truth.astype(np.float32)) == 0.5
     blind = segment.create_generator(batches.image_paths, image_size=SIZE)
-    with pytest.raises(segment.SegmentError, match="needs the masks"):
+    with pytest.raises(segment.SegmentError, match="needs masks"):
         segment.choose_threshold(blind, predictions)
 
 
-def test_the_estimate_is_the_soft_dice_less_the_doubt_of_the_outline() -> None:
+def test_the_estimate_is_the_soft_dice_less_a_doubt_about_the_outline() -> None:
     lesion = np.array([[0.9, 0.8], [0.4, 0.0]])
     predictions = np.stack([lesion, lesion > 0.5, 0 * lesion])[..., None]
     # Of the first: mask of 2 of 4 pixels, 1.7 of 2.1 pixels of lesion within it.
@@ -171,7 +211,7 @@ def test_of_two_certain_lesions_the_smaller_one_is_trusted_less() -> None:
     np.testing.assert_allclose(segment.estimate_dice(predictions), [0.99, 0.95, 0], atol=1e-9)
 
 
-def test_a_batch_size_beyond_the_images_takes_no_more_memory(make_pairs: MakePairs) -> None:
+def test_a_batch_is_never_larger_than_the_number_of_images(make_pairs: MakePairs) -> None:
     images, _ = make_pairs(2)
     batches = segment.create_generator(images, image_size=(16, 16), batch_size=10**9)
     model = segment.create_model((16, 16), num_filters=1)

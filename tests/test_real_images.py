@@ -31,7 +31,7 @@ def test_native_lesions_keep_their_area_in_the_frame(isic_2017: Path) -> None:
         assert np.abs(changes).mean() < 0.005
 
 
-def test_native_masks_survive_the_frame_and_the_way_back(isic_2017: Path) -> None:
+def test_native_masks_resized_to_the_frame_and_restored_are_the_same(isic_2017: Path) -> None:
     images, masks = segment.find_image_pairs(*folders(isic_2017, native=True))
     generator = segment.create_generator(images, masks)
     frames = np.stack([segment.load_segmented_image(path) for path in masks]).astype(np.float32)
@@ -40,7 +40,7 @@ def test_native_masks_survive_the_frame_and_the_way_back(isic_2017: Path) -> Non
         assert segment.score_masks(truth, restored)["dice"] > 0.97
 
 
-def test_native_photographs_load_as_if_decoded_whole(isic_2017: Path) -> None:
+def test_native_images_load_as_if_decoded_whole(isic_2017: Path) -> None:
     images, _ = segment.find_image_pairs(*folders(isic_2017, native=True))
     differences = []
     for path in images:

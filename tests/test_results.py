@@ -1,10 +1,11 @@
-"""Scores at full size, tables, masks and figures."""
+"""Scores at the original resolution, tables, masks and figures."""
 
 import csv
 import json
 import os
 import resource
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ def dice_by_hand(mask_path: str, prediction: np.ndarray, size: segment.Size) -> 
     return 2 * len(a & b) / (len(a) + len(b))
 
 
-def test_scores_are_those_of_the_full_size_masks(make_pairs: MakePairs) -> None:
+def test_images_are_scored_at_their_original_resolution(make_pairs: MakePairs) -> None:
     generator, predictions = prepare(make_pairs)
     scores = segment.results(generator, predictions)
     assert generator.mask_paths is not None
     for score, path, prediction in zip(scores, generator.mask_paths, predictions, strict=True):
-        expected = dice_by_hand(path, prediction, (90, 120))
+        expected = dice_by_hand(str(path), prediction, (90, 120))
         assert score["dice"] == pytest.approx(expected, abs=0.015)
 
 
@@ -70,7 +71,7 @@ def test_images_are_scored_while_the_next_are_predicted(
     assert scores == segment.results(generator, predictions.astype(np.float32))
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_is_predicted(
+def test_an_output_that_cannot_be_written_is_refused_before_prediction(
     make_pairs: MakePairs, tmp_path: Path
 ) -> None:
     generator, predictions = prepare(make_pairs, 2)
@@ -105,7 +106,7 @@ def test_the_summary_is_printed_with_the_worst_first(
     dice = [score["dice"] for score in scores]
     assert f"dice                {np.mean(dice):10.6f}{np.median(dice):10.6f}" in printed
     failures = sum(score["jaccard"] < 0.65 for score in scores)
-    assert f"Jaccard below 0.65: {failures} images ({failures / 5:.1%})" in printed
+    assert f"Failures (Jaccard < 0.65): {failures} ({failures / 5:.1%})" in printed
     listed = [line.split() for line in printed.splitlines() if line.startswith("  ISIC")]
     for rows, key in ((listed[:5], "dice"), (listed[5:], "estimated_dice")):
         ranked = sorted(scores, key=lambda score: score[key])
@@ -126,12 +127,9 @@ def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_pa
     assert (summary["images"], summary["threshold"]) == (5, 0.4)
     ranked = sorted((s["dice"], s["id"]) for s in scores)
     assert list(summary["worst"].items()) == [(id_, dice) for dice, id_ in ranked]
-    assert (tmp_path / "out" / "masks").is_dir()
 
 
-def test_masks_are_written_as_the_challenge_wants_them(
-    make_pairs: MakePairs, tmp_path: Path
-) -> None:
+def test_masks_are_written_as_the_challenge_requires(make_pairs: MakePairs, tmp_path: Path) -> None:
     generator, predictions = prepare(make_pairs, 2)
     segment.results(generator, predictions, output_dir=tmp_path / "out")
     restored = list(segment.restore_masks(generator, predictions))
@@ -151,7 +149,7 @@ def test_without_masks_images_are_estimated_and_outlined(
     scores = segment.results(blind, predictions, output_dir=out)
     assert [list(score) for score in scores] == [["id", "estimated_dice"]] * 3
     printed = capsys.readouterr().out
-    assert "3 images, each segmented at its own size" in printed
+    assert "3 images, each segmented at its original resolution" in printed
     assert printed.splitlines()[-3].split()[0] == "ISIC_0000001"
     assert {path.name for path in out.iterdir()} == {
         "scores.csv", "summary.json", "masks", "overlays", "predictions.png", "worst.png",
@@ -186,12 +184,14 @@ def test_rows_show_input_target_and_prediction_with_id_and_dice(make_pairs: Make
     for row, i in enumerate((4, 2)):
         assert titles[3 * row] == scores[i]["id"] == f"ISIC_{i:07}"
         assert titles[3 * row + 2] == f"Prediction, Dice {scores[i]['dice']:.4f}"
-    target, prediction = (np.asarray(figure.axes[k].images[0].get_array()) for k in (1, 2))
+    image, target, prediction = (np.asarray(axes.images[0].get_array()) for axes in figure.axes[:3])
     assert target.shape == prediction.shape == segment.letterbox((90, 120), FRAME)[2:]
+    # Without the black bars of the frame
+    np.testing.assert_array_equal(image, generator[0][0][4, 8:56])
     np.testing.assert_array_equal(prediction, predictions[4, 8:56, :, 0] >= 0.5)
 
 
-def test_contours_of_truth_and_prediction_lie_over_the_image(make_pairs: MakePairs) -> None:
+def test_the_outlines_of_target_and_prediction_are_drawn(make_pairs: MakePairs) -> None:
     generator, predictions = prepare(make_pairs)
     predictions[1] = 0
     scores = segment.results(generator, predictions)
@@ -228,7 +228,7 @@ def test_the_worst_figure_shows_the_worst_and_its_outlines_in_their_colours(
 ) -> None:
     generator, predictions = prepare(make_pairs)
     scores = segment.results(generator, predictions)
-    figures = dict(segment._figures(generator, predictions, scores, 2, 0.5, None))
+    figures = dict(segment._figures(generator, dict(enumerate(predictions)), scores, 2, None))
     titles = [axes.get_title() for axes in figures["worst"].axes[::3]]
     ranked = sorted((score["dice"], score["id"]) for score in scores)
     assert titles == [id_ for _, id_ in ranked[:2]]
@@ -254,7 +254,7 @@ def test_statistics_are_those_of_numpy() -> None:
         segment.summarize([])
 
 
-def test_every_step_cuts_where_the_threshold_says(make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_every_step_applies_the_threshold(make_pairs: MakePairs, tmp_path: Path) -> None:
     generator, _ = prepare(make_pairs, 1)
     predictions = 0.2 + 0.6 * np.tile(np.linspace(0, 1, 64)[:, None], (1, 64, 1, 1))
     areas = []
@@ -280,10 +280,14 @@ def test_a_mask_of_another_size_is_refused_when_scored(make_pairs: MakePairs) ->
         segment.results(generator, predictions)
 
 
-def test_no_images_drawn_is_fine_and_so_is_a_single_one(make_pairs: MakePairs) -> None:
+def test_without_images_to_draw_only_the_histogram_is_written(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
     generator, predictions = prepare(make_pairs, 1)
-    assert len(segment.results(generator, predictions, num_imgs=0)) == 1
-    assert len(segment.results(generator, predictions, num_imgs=4)) == 1
+    segment.results(generator, predictions, num_imgs=0, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["histogram.png"]
+    with pytest.raises(segment.SegmentError, match="indices is empty"):
+        segment.plot_predictions(generator, predictions, [], [])
 
 
 def test_the_histogram_counts_every_image(make_pairs: MakePairs) -> None:
@@ -328,12 +332,12 @@ def test_two_empty_masks_score_one(make_pairs: MakePairs) -> None:
     assert segment.results(generator, predictions)[0]["dice"] == 0
 
 
-def test_what_does_not_belong_together_is_refused(make_pairs: MakePairs) -> None:
+def test_predictions_of_another_generator_are_refused(make_pairs: MakePairs) -> None:
     generator, predictions = prepare(make_pairs, 3)
     with pytest.raises(segment.SegmentError, match=r"\(2, 64, 64, 1\) do not belong"):
         segment.results(generator, predictions[:2])
     for others in (predictions[:2], predictions[[0, 1, 2, 2]], predictions[:, :32]):
-        with pytest.raises(segment.SegmentError, match=r"generator, which gives \(3, 64, 64, 1\)"):
+        with pytest.raises(segment.SegmentError, match="too few, too many or of shape"):
             segment.results(generator, iter(others))
     with pytest.raises(segment.SegmentError, match=r"threshold is 0: expected"):
         segment.results(generator, predictions, threshold=0)
@@ -342,7 +346,7 @@ def test_what_does_not_belong_together_is_refused(make_pairs: MakePairs) -> None
         segment.results(generator, predictions)
 
 
-def test_an_output_folder_that_cannot_be_written_is_a_sentence(
+def test_an_output_folder_that_cannot_be_written_is_an_error(
     make_pairs: MakePairs, tmp_path: Path
 ) -> None:
     generator, predictions = prepare(make_pairs, 1)
@@ -351,9 +355,7 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(
         segment.results(generator, predictions, output_dir=tmp_path / "file")
 
 
-def test_a_disk_that_fills_up_leaves_whole_files_alone(
-    make_pairs: MakePairs, tmp_path: Path
-) -> None:
+def test_a_full_disk_leaves_no_incomplete_file(make_pairs: MakePairs, tmp_path: Path) -> None:
     generator, predictions = prepare(make_pairs, 3)
     output = tmp_path / "output"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -368,7 +370,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_alone(
     assert len((output / "scores.csv").read_text().splitlines()) == 4
 
 
-def test_the_estimate_is_judged_by_rank_and_by_how_it_tells_failures() -> None:
+def test_the_summary_has_rank_correlation_and_roc_auc_of_the_estimate() -> None:
     dice, estimate = [0.9, 0.8, 0.5, 0.95, 0.4], [0.8, 0.9, 0.6, 0.95, 0.7]
     scores = [
         {"id": str(i), **dict.fromkeys(segment.METRICS, d), "estimated_dice": e}
@@ -377,7 +379,67 @@ def test_the_estimate_is_judged_by_rank_and_by_how_it_tells_failures() -> None:
     summary = segment.summarize(scores)
     # Ranks 4 3 2 5 1 and 3 4 1 5 2: squared differences sum to 4, so 1 - 6 * 4 / (5 * 24).
     assert summary["estimate_rank_correlation"] == pytest.approx(0.8)
-    assert summary["estimate_roc_area"] == 1  # both failures lie below all the others
+    assert summary["estimate_roc_auc"] == 1  # both failures lie below all the others
     assert list(summary["doubtful"]) == ["2", "4", "0", "1", "3"]
     single = segment.summarize(scores[:1])
-    assert (single["estimate_rank_correlation"], single["estimate_roc_area"]) == (None, None)
+    assert (single["estimate_rank_correlation"], single["estimate_roc_auc"]) == (None, None)
+
+
+def test_outlines_run_along_the_edges_of_the_pixels(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 1)
+    predictions[0] = 0
+    predictions[0, 20:40, :30] = 1  # closed at the edge of the picture
+    scores = segment.results(generator, predictions)
+    figure = segment.plot_predictions(generator, predictions, scores, [0], contours=True)
+    for outline, axes in zip(figure.axes[0].collections, figure.axes[1:], strict=True):
+        rows, columns = np.nonzero(np.asarray(axes.images[0].get_array()))
+        corners = np.asarray(outline.get_paths()[0].vertices)
+        assert corners.min(0).tolist() == [columns.min() - 0.5, rows.min() - 0.5]
+        assert corners.max(0).tolist() == [columns.max() + 0.5, rows.max() + 0.5]
+
+
+@pytest.mark.parametrize(("size", "width"), [((40, 90), 1), ((400, 900), 3)])
+def test_the_outline_of_an_overlay_is_wider_in_a_larger_image(
+    tmp_path: Path, size: segment.Size, width: int
+) -> None:
+    Image.new("RGB", size[::-1], (200, 200, 200)).save(tmp_path / "a.png")
+    generator = segment.create_generator([tmp_path / "a.png"], image_size=size)
+    left, right = size[1] // 5, size[1] // 2
+    predictions = np.zeros((1, *size, 1))
+    predictions[:, size[0] // 4 : size[0] // 2, left:right] = 1
+    segment.results(generator, predictions, num_imgs=0, output_dir=tmp_path)
+    overlay = np.asarray(Image.open(tmp_path / "overlays" / "a_overlay.jpg").convert("L"))
+    outlined = np.flatnonzero(overlay[size[0] * 3 // 8] < 150)
+    expected = [*range(left, left + width), *range(right - width, right)]
+    assert outlined.tolist() == expected
+
+
+def test_only_the_predictions_that_are_drawn_are_kept(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, predictions = prepare(make_pairs, 7)
+    references: list[weakref.ref[np.ndarray]] = []
+    kept: list[tuple[int, int]] = []
+    plot_predictions = segment.plot_predictions
+
+    def predict() -> Iterator[np.ndarray]:
+        for prediction in predictions:
+            one = prediction.copy()
+            references.append(weakref.ref(one))
+            yield one
+
+    def record(generator: Any, some: Any, *rest: Any, **options: Any) -> Any:
+        kept.append((len(some), sum(reference() is not None for reference in references)))
+        return plot_predictions(generator, some, *rest, **options)
+
+    monkeypatch.setattr(segment, "plot_predictions", record)
+    segment.results(generator, predict(), num_imgs=2)
+    assert [count for count, _ in kept] == [4, 4]
+    assert max(alive for _, alive in kept) <= 6  # those drawn and what the loops still name
+
+
+def test_images_of_equal_scores_are_drawn(make_pairs: MakePairs, tmp_path: Path) -> None:
+    generator, predictions = prepare(make_pairs, 4)
+    predictions[1:] = 0  # three equally bad ones, none of them among the first
+    segment.results(generator, predictions, num_imgs=1, output_dir=tmp_path)
+    assert (tmp_path / "worst.png").is_file()

@@ -1,4 +1,4 @@
-"""One file for network, split, threshold and history, on whichever backend."""
+"""Model files: network, optimizer and record in one file, on any backend."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (3, 16, 32, 3), np.uint8)
 
 
-def test_a_new_process_predicts_the_same(tmp_path: Path) -> None:
+def test_a_loaded_model_predicts_the_same_in_a_new_process(tmp_path: Path) -> None:
     model = small_model()
     segment.save_model(model, tmp_path / "m.keras")
     np.save(tmp_path / "images.npy", images())
@@ -45,7 +45,7 @@ def test_a_new_process_predicts_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_loss_and_metric_come_back_by_name(tmp_path: Path) -> None:
+def test_loss_and_metrics_are_saved_and_loaded(tmp_path: Path) -> None:
     model = small_model()
     segment._compile(model)
     masks = np.random.default_rng(1).integers(0, 2, (3, 16, 32, 1))
@@ -60,44 +60,48 @@ def test_loss_and_metric_come_back_by_name(tmp_path: Path) -> None:
     assert set(scores) == {"loss", "accuracy", "dice_coefficient"}
 
 
-def test_split_threshold_and_history_travel_in_the_file(tmp_path: Path) -> None:
+def test_the_record_is_saved_and_loaded(tmp_path: Path) -> None:
     model = small_model()
     segment.model_record(model).history = {"loss": [0.5, 0.25]}
-    segment.save_model(model, tmp_path / "deep" / "m.keras", split=SPLIT, threshold=0.4)
-    record = segment.model_record(segment.load_model(tmp_path / "deep" / "m.keras"))
-    assert record.split == {"train": ["a.jpg", "b.jpg"], "val": ["c.jpg"], "test": ["d.jpg"]}
-    assert record.threshold == 0.4
-    assert record.history == {"loss": [0.5, 0.25]}
+    segment.model_record(model).batch_size = 3
+    settings: dict[str, Any] = {"threshold": 0.4, "mirror": False, "one_region": False}
+    segment.save_model(model, tmp_path / "new" / "m.keras", split=SPLIT, **settings)
+    record = segment.model_record(segment.load_model(tmp_path / "new" / "m.keras"))
+    split = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+    history = {"loss": [0.5, 0.25]}
+    assert record == segment.ModelRecord(split=split, history=history, batch_size=3, **settings)
+    segment.save_model(segment.load_model(tmp_path / "new" / "m.keras"), tmp_path / "n.keras")
+    assert segment.model_record(segment.load_model(tmp_path / "n.keras")) == record
 
 
-def test_the_stored_test_set_is_found_again_and_its_order_kept() -> None:
-    model = small_model()
-    segment.model_record(model).split = {"train": ["b.jpg"], "test": ["d.jpg", "a.jpg"]}
-    folder = (["y/a.jpg", "y/b.jpg", "y/d.jpg"], ["m/a.png", "m/b.png", "m/d.png"])
-    assert segment.stored_test_split(model, *folder) == (
-        ["y/d.jpg", "y/a.jpg"], ["m/d.png", "m/a.png"],
-    )  # fmt: skip
-    assert segment.image_ids_seen(model, ["z/a.png", "z/b.png"]) == ["b"]
+def test_the_test_set_is_found_in_its_order_and_after_images_were_renamed(tmp_path: Path) -> None:
+    parts = (["x/b.jpg"], ["b"]), (["x/c.jpg"], ["c"]), (["x/d.jpg", "x/a.jpg"], ["d", "a"])
+    segment.save_model(small_model(), tmp_path / "m.keras", split=parts)
+    model = segment.load_model(tmp_path / "m.keras")
+    images, masks = [[f"y/{name}.png" for name in "abcd"], [f"m/{name}.png" for name in "abcd"]]
+    found = segment.stored_test_split(model, images, masks)
+    assert found == (["y/d.png", "y/a.png"], ["m/d.png", "m/a.png"])
+    assert segment.image_ids_seen(model, images) == ["b", "c"]
 
 
-def test_another_folder_is_not_taken_for_the_test_set() -> None:
+def test_a_test_set_that_is_not_in_the_folder_is_refused() -> None:
     model = small_model()
     with pytest.raises(segment.SegmentError, match="names no test set: score every image"):
         segment.stored_test_split(model, ["a.jpg"], ["a.png"])
-    segment.model_record(model).split = {"test": ["a.jpg", "e.jpg"]}
-    with pytest.raises(segment.SegmentError, match=r"1 of its 2 test images are .*\(e\.jpg\)"):
+    segment.model_record(model).split = {"test": ["a", "e"]}
+    with pytest.raises(segment.SegmentError, match=r"1 of its 2 test images are .*\(e\)"):
         segment.stored_test_split(model, ["a.jpg"], ["a.png"])
 
 
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, share: float
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(
+    tmp_path: Path, fraction: float
 ) -> None:
     model, path = small_model(), tmp_path / "m.keras"
     segment.save_model(model, path)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(fraction * len(before)), limits[1]))
     try:
         with pytest.raises(segment.SegmentError, match=r"m\.keras: .*\(File too large"):
             segment.save_model(model, path)
@@ -107,7 +111,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(
     assert os.listdir(tmp_path) == ["m.keras"]
 
 
-def test_a_name_without_keras_and_an_odd_threshold_are_refused(tmp_path: Path) -> None:
+def test_a_wrong_suffix_a_folder_and_an_invalid_threshold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(segment.SegmentError, match=r"m\.h5 does not end in \.keras"):
         segment.save_model(small_model(), tmp_path / "m.h5")
     (tmp_path / "folder.keras").mkdir()
@@ -117,7 +121,7 @@ def test_a_name_without_keras_and_an_odd_threshold_are_refused(tmp_path: Path) -
         segment.save_model(small_model(), tmp_path / "m.keras", threshold=1.5)
 
 
-def test_a_missing_a_cut_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_a_truncated_and_a_foreign_file_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(segment.SegmentError, match="there is no such file; give a model file"):
         segment.load_model(tmp_path / "none.keras")
     with pytest.raises(segment.SegmentError, match="is a folder; give a model file"):
@@ -125,15 +129,15 @@ def test_a_missing_a_cut_and_a_foreign_file_are_told_apart(tmp_path: Path) -> No
     segment.save_model(small_model(), tmp_path / "m.keras")
     content = (tmp_path / "m.keras").read_bytes()
     (tmp_path / "cut.keras").write_bytes(content[: len(content) // 2])
-    with pytest.raises(segment.SegmentError, match=r"cut\.keras: not a \.keras file, or cut short"):
+    with pytest.raises(segment.SegmentError, match=r"cut\.keras: not a \.keras file, or truncated"):
         segment.load_model(tmp_path / "cut.keras")
-    with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "foreign.keras", "w") as archive:
         archive.writestr("letter.txt", "Dear network")
-    with pytest.raises(segment.SegmentError, match=r"odd\.keras holds what no model file does"):
-        segment.load_model(tmp_path / "odd.keras")
+    with pytest.raises(segment.SegmentError, match=r"foreign\.keras: not a whole, safe"):
+        segment.load_model(tmp_path / "foreign.keras")
 
 
-def test_a_model_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_a_model_file_with_code_is_refused(tmp_path: Path) -> None:
     inputs = keras.Input((16, 16, 3))
     outputs = keras.layers.Lambda(lambda x: x[..., :1], output_shape=(16, 16, 1))(inputs)
     keras.Model(inputs, outputs).save(tmp_path / "code.keras")
@@ -141,7 +145,7 @@ def test_a_model_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
         segment.load_model(tmp_path / "code.keras")
 
 
-def test_a_model_that_segments_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_for_segmentation_is_refused(tmp_path: Path) -> None:
     inputs = keras.Input((16, 16, 3))
     keras.Model(inputs, keras.layers.Flatten()(inputs)).save(tmp_path / "flat.keras")
     with pytest.raises(segment.SegmentError, match=r"\(None, 768\): expected \(None, height"):
@@ -151,12 +155,12 @@ def test_a_model_that_segments_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_newer_record_is_refused(tmp_path: Path) -> None:
     small_model().save(tmp_path / "m.keras")
     with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
-        archive.writestr("segment.json", json.dumps({"format": 2, "geometry": "letterbox"}))
+        archive.writestr("segment.json", json.dumps({"format": 3, "geometry": "letterbox"}))
     with pytest.raises(segment.SegmentError, match="written by a newer version"):
         segment.load_model(tmp_path / "m.keras")
 
 
-def test_a_plain_keras_file_gets_an_empty_record(tmp_path: Path) -> None:
+def test_a_plain_keras_file_gets_a_default_record(tmp_path: Path) -> None:
     small_model().save(tmp_path / "m.keras")
     record = segment.model_record(segment.load_model(tmp_path / "m.keras"))
     assert record == segment.ModelRecord()
@@ -169,13 +173,13 @@ def test_a_plain_keras_file_gets_an_empty_record(tmp_path: Path) -> None:
         ("split", {"test": 3}), ("history", {"loss": ["low"]}), ("format", "one"),
         ("threshold", math.nan), ("history", {"loss": [1], "val_dice_coefficient": []}),
         ("history", {"loss": [1], "accuracy": [0, 1]}), ("history", {"accuracy": [1]}),
-        ("origin", []), ("origin", {"options": [1]}),
+        ("origin", [1]), ("batch_size", 0), ("batch_size", "many"),
     ],
 )  # fmt: skip
-def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
+def test_a_record_of_invalid_values_is_refused_by_load_model(
     tmp_path: Path, field: str, value: Any
 ) -> None:
-    record = {"format": 1, "geometry": "letterbox", "threshold": 0.5, "split": {}, "history": {}}
+    record = {"format": 2, "geometry": "letterbox", "threshold": 0.5, "split": {}, "history": {}}
     small_model().save(tmp_path / "m.keras")
     with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
         archive.writestr("segment.json", json.dumps({**record, field: value}))
@@ -185,36 +189,66 @@ def test_a_record_of_odd_types_is_refused_when_it_is_loaded(
         segment.load_model(tmp_path / "m.keras")
 
 
-def test_weights_of_another_frame_are_taken_over_and_those_of_another_network_refused(
-    tmp_path: Path,
-) -> None:
+def test_a_record_of_format_1_is_converted(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "format": 1, "geometry": "letterbox", "threshold": 0.4, "history": {"loss": [0.5]},
+        "split": {"train": ["ISIC_0000001.jpg"], "val": [], "test": ["a b.png", "c.jpg"]},
+        "origin": {"options": {"mirror": False, "one_region": False, "batch_size": 3}},
+    }  # fmt: skip
+    small_model().save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
+        archive.writestr("segment.json", json.dumps(fields))
+    assert segment.model_record(segment.load_model(tmp_path / "m.keras")) == segment.ModelRecord(
+        split={"train": ["ISIC_0000001"], "val": [], "test": ["a b", "c"]}, threshold=0.4,
+        mirror=False, one_region=False, batch_size=3, history={"loss": [0.5]},
+        origin=fields["origin"],
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_model_with_a_large_metric_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, masks = small_model(), np.random.default_rng(1).integers(0, 2, (3, 16, 32, 1))
+    model.compile("sgd", "binary_crossentropy", metrics=[keras.metrics.AUC(2000)])
+    model.train_on_batch(images(), masks)
+    segment.save_model(model, tmp_path / "m.keras")
+    loaded = segment.load_model(tmp_path / "m.keras")
+    scores = loaded.evaluate(images(), masks, return_dict=True, verbose=0)
+    assert scores == pytest.approx(
+        model.evaluate(images(), masks, return_dict=True, verbose=0), abs=1e-6
+    )
+
+
+def test_load_weights_takes_another_frame_but_not_another_network(tmp_path: Path) -> None:
     segment.save_model(small_model(), tmp_path / "m.keras")
     larger = segment.create_model((32, 48), num_filters=2)
     segment.load_weights(larger, tmp_path / "m.keras")
     for one, other in zip(larger.get_weights(), small_model().get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(segment.SegmentError, match=r"m\.keras is of another network"):
+    with pytest.raises(segment.SegmentError, match=r"m\.keras holds another network"):
         segment.load_weights(segment.create_model((16, 32), num_filters=3), tmp_path / "m.keras")
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    names = (".12-34.keras", ".12-35.png", ".12-36.keras", ".hidden.keras", "a.keras")
-    for name in names:
+def test_only_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    ours = ".segment-unfinished-12-34.keras", ".segment-unfinished-12-35"
+    being_written = ".segment-unfinished-12-36.keras"
+    users = ".2023-12.csv", ".12-34.keras", ".segment-unfinished-notes.txt", "a.keras"
+    for name in (*ours, being_written, *users):
         (tmp_path / name).write_bytes(b"half")
-        if name != ".12-36.keras":  # which somebody may be writing right now
+        if name != being_written:
             os.utime(tmp_path / name, (0, 0))
     segment._remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".12-36.keras", ".hidden.keras", "a.keras"]
+    assert set(os.listdir(tmp_path)) == {being_written, *users}
 
 
-def test_without_the_optimizer_the_file_is_small_predicts_the_same_and_is_float32(
-    tmp_path: Path,
-) -> None:
-    model = segment.create_model((16, 32), num_filters=2, bfloat16=True)
-    segment._compile(model)
-    model.optimizer.build(model.trainable_variables)
-    segment.save_model(model, tmp_path / "whole.keras", split=SPLIT)
-    segment.save_model(model, tmp_path / "bare.keras", optimizer=False)
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_without_the_optimizer_a_file_is_small_and_float32(tmp_path: Path, policy: str) -> None:
+    with segment._dtype_policy(policy):
+        model = segment.create_model((16, 32), num_filters=2)
+        segment._compile(model)
+        model.optimizer.build(model.trainable_variables)
+        segment.save_model(model, tmp_path / "whole.keras", split=SPLIT)
+        segment.save_model(model, tmp_path / "bare.keras", optimizer=False)
+    assert model.get_layer("level1_conv").compute_dtype == policy.removeprefix("mixed_")
     bare = segment.load_model(tmp_path / "bare.keras")
     assert not bare.compiled
     assert {layer.compute_dtype for layer in bare.layers} == {"float32"}

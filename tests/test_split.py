@@ -1,10 +1,10 @@
-"""Splitting pairs into training, validation and test set, the images of one lesion together."""
+"""Splitting pairs into training, validation and test sets by lesion."""
 
 from pathlib import Path
 
 import pytest
 from conftest import MakePairs, draw_lesion
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 import segment
 
@@ -23,13 +23,13 @@ def test_every_pair_is_in_exactly_one_set() -> None:
     assert sorted(mask for _, masks in parts for mask in masks) == MASKS
 
 
-def test_image_and_mask_stay_together_and_are_mixed() -> None:
+def test_image_and_mask_stay_together_and_are_shuffled() -> None:
     for images, masks in segment.train_val_test_split(IMAGES, MASKS):
         assert [image[7:11] for image in images] == [mask[6:10] for mask in masks]
         assert images != sorted(images)
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_determines_the_split() -> None:
     first, again, other = (
         segment.train_val_test_split(IMAGES, MASKS, seed=seed) for seed in (1, 1, 2)
     )
@@ -37,13 +37,13 @@ def test_the_seed_decides() -> None:
     assert first != other
 
 
-def test_the_callers_lists_are_untouched() -> None:
+def test_the_lists_passed_in_stay_unchanged() -> None:
     images, masks = list(IMAGES), list(MASKS)
     segment.train_val_test_split(images, masks)
     assert (images, masks) == (IMAGES, MASKS)
 
 
-def test_a_share_of_zero_leaves_a_set_empty_and_a_small_one_gets_a_pair() -> None:
+def test_a_fraction_of_zero_gives_no_pair_and_any_other_at_least_one() -> None:
     parts = segment.train_val_test_split(IMAGES[:10], MASKS[:10], val_split=0, test_split=0.03)
     assert [len(images) for images, _ in parts] == [9, 0, 1]
 
@@ -51,20 +51,20 @@ def test_a_share_of_zero_leaves_a_set_empty_and_a_small_one_gets_a_pair() -> Non
 def test_impossible_splits_are_refused() -> None:
     with pytest.raises(segment.SegmentError, match="3 images came with 2 masks"):
         segment.train_val_test_split(IMAGES[:3], MASKS[:2])
-    with pytest.raises(segment.SegmentError, match=r"val_split is 1\.5: expected a share"):
+    with pytest.raises(segment.SegmentError, match=r"val_split is 1\.5: expected a fraction"):
         segment.train_val_test_split(IMAGES, MASKS, val_split=1.5)
     with pytest.raises(segment.SegmentError, match="2 pairs are too few"):
         segment.train_val_test_split(IMAGES[:2], MASKS[:2])
 
 
-def test_a_seed_that_is_none_is_refused() -> None:
+def test_an_invalid_seed_is_refused() -> None:
     with pytest.raises(segment.SegmentError, match="seed is -1: expected"):
         segment.train_val_test_split(["a", "b"], ["c", "d"], seed=-1)
 
 
 @pytest.fixture
 def repeated(make_pairs: MakePairs, tmp_path: Path) -> segment.Pairs:
-    """Eight lesions; the first is also there turned, and mirrored, nearer and in other colours."""
+    """Eight lesions; the first also rotated, and mirrored, zoomed in and in other colours."""
     make_pairs(8, size=(150, 200))
     for number, turn, box in ((8, 130, None), (9, -40, (20, 15, 180, 135))):
         for folder, picture, end in zip(
@@ -80,28 +80,28 @@ def repeated(make_pairs: MakePairs, tmp_path: Path) -> segment.Pairs:
     return segment.find_image_pairs(tmp_path / "data" / "images", tmp_path / "data" / "masks")
 
 
-def test_one_lesion_is_found_turned_mirrored_nearer_and_in_other_colours(
+def test_one_lesion_is_found_rotated_mirrored_zoomed_and_in_other_colours(
     repeated: segment.Pairs,
 ) -> None:
     (same,) = segment.find_same_lesions(*repeated)
     assert [segment.image_id(path)[-1] for path in same] == ["0", "8", "9"]
 
 
-def test_the_images_of_one_lesion_stay_on_one_side(repeated: segment.Pairs) -> None:
-    torn = 0
+def test_the_images_of_one_lesion_stay_in_one_set(repeated: segment.Pairs) -> None:
+    separated = 0
     for seed in range(10):
         for group in (True, False):
             parts = segment.train_val_test_split(
                 *repeated, val_split=0.3, test_split=0.3, seed=seed, group=group
             )
             assert sorted(path for images, _ in parts for path in images) == repeated[0]
-            sides = sum(any(path[-5] in "089" for path in images) for images, _ in parts)
-            assert sides == 1 or not group
-            torn += sides > 1
-    assert torn > 5  # without groups
+            sets = sum(any(path[-5] in "089" for path in images) for images, _ in parts)
+            assert sets == 1 or not group
+            separated += sets > 1
+    assert separated > 5  # without groups
 
 
-def test_sizes_are_exact_where_the_lesions_allow_it(repeated: segment.Pairs) -> None:
+def test_set_sizes_are_exact_where_the_lesions_allow_it(repeated: segment.Pairs) -> None:
     sizes = set()
     for seed in range(10):
         parts = segment.train_val_test_split(*repeated, val_split=0.3, test_split=0.3, seed=seed)
@@ -109,11 +109,11 @@ def test_sizes_are_exact_where_the_lesions_allow_it(repeated: segment.Pairs) -> 
     assert sizes == {(5, 2, 3)}
 
 
-def test_a_share_above_zero_gets_a_lesion_though_it_be_larger_and_says_so(
+def test_a_lesion_larger_than_a_set_is_drawn_whole_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(segment, "_number_lesions", lambda pairs: [0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
-    with pytest.warns(UserWarning, match="2 pairs are put aside rather than 1"):
+    monkeypatch.setattr(segment, "_number_lesions", lambda *_: [0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    with pytest.warns(UserWarning, match="2 pairs are held out rather than 1: the images"):
         train, _, test = segment.train_val_test_split(
             IMAGES[:10], MASKS[:10], val_split=0, test_split=0.1
         )
@@ -121,18 +121,37 @@ def test_a_share_above_zero_gets_a_lesion_though_it_be_larger_and_says_so(
     assert len(train[0]) == 8
 
 
-def test_plain_shapes_are_not_taken_for_one_lesion(tmp_path: Path) -> None:
+def write_discs(folder: Path, count: int) -> segment.Pairs:
+    """Images of the same plain shape, as several lesions have it."""
     images, masks = [], []
-    for i in range(12):
+    for i in range(count):
         mask = Image.new("L", (64, 64))
-        mask.paste(255, (20 - i, 20, 44 + i, 44))
+        ImageDraw.Draw(mask).ellipse((12 + i % 3, 16, 44 + i % 3, 40), fill=255)
         for path, picture in ((f"{i}.png", ImageOps.invert(mask)), (f"{i}_m.png", mask)):
-            picture.save(tmp_path / path)
-        images.append(str(tmp_path / f"{i}.png"))
-        masks.append(str(tmp_path / f"{i}_m.png"))
-    assert max(map(len, segment.find_same_lesions(images, masks) or [[]])) <= 5
+            picture.save(folder / path)
+        images.append(str(folder / f"{i}.png"))
+        masks.append(str(folder / f"{i}_m.png"))
+    return images, masks
 
 
-def test_files_that_cannot_be_read_are_like_no_other() -> None:
+def test_a_plain_shape_of_many_images_is_not_one_lesion(tmp_path: Path) -> None:
+    few = write_discs(tmp_path, 4)
+    assert segment.find_same_lesions(*few) == [few[0]]
+    assert segment.find_same_lesions(*write_discs(tmp_path, 12)) == []
+
+
+def test_lesions_are_compared_in_the_frame_and_cache_that_are_given(
+    repeated: segment.Pairs,
+) -> None:
+    cache, frame = segment.PairCache(), (48, 64)
+    (same,) = segment.find_same_lesions(*repeated, image_size=frame, cache=cache)
+    assert [segment.image_id(path)[-1] for path in same] == ["0", "8", "9"]
+    kept = 10 * 4 * frame[0] * frame[1]
+    assert cache.bytes_left == 2**31 - kept
+    segment.train_val_test_split(*repeated, image_size=frame, cache=cache)
+    assert cache.bytes_left == 2**31 - kept
+
+
+def test_unreadable_files_are_not_grouped() -> None:
     assert segment.find_same_lesions(IMAGES[:20], MASKS[:20]) == []
     assert segment.find_same_lesions(IMAGES[:1], MASKS[:1]) == []

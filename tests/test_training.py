@@ -1,4 +1,4 @@
-"""Training: a new model, and one that goes on."""
+"""Training: from scratch, continued and resumed."""
 
 import csv
 import math
@@ -75,7 +75,9 @@ def test_the_model_ends_as_its_best_epoch_and_so_does_the_file(
     assert kept[-1] == best == max(kept)
 
 
-def test_a_loaded_model_goes_on_from_where_it_was(make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_a_loaded_model_continues_with_its_optimizer_and_epochs(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
     train, val = generators(make_pairs)
     model, path, log = new_model(), tmp_path / "a.keras", tmp_path / "log.csv"
     segment.train_model(model, train, val, 2, log_path=log, verbose=0)
@@ -90,7 +92,9 @@ def test_a_loaded_model_goes_on_from_where_it_was(make_pairs: MakePairs, tmp_pat
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
 
 
-def test_going_on_never_makes_the_model_worse(make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_further_training_never_makes_the_model_worse(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
     train, val = generators(make_pairs)
     model = new_model()
     segment.train_model(model, train, val, 3, learning_rate=0.01, verbose=0)
@@ -101,7 +105,7 @@ def test_going_on_never_makes_the_model_worse(make_pairs: MakePairs, tmp_path: P
     assert after >= best - 1e-6
 
 
-def test_a_loss_that_is_not_a_number_stops_with_a_sentence(make_pairs: MakePairs) -> None:
+def test_a_loss_that_is_not_a_number_stops_the_training(make_pairs: MakePairs) -> None:
     train, val = generators(make_pairs)
     model = new_model()
     model.get_layer("level1_conv").bias.assign([math.nan, 0])
@@ -145,9 +149,9 @@ def test_a_first_save_that_fails_never_brings_back_an_older_file(
 
 
 def test_a_validation_loss_that_is_not_a_number_is_never_the_best_epoch(
-    make_pairs: MakePairs, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    callback = segment._EpochKeeper(None, tmp_path / "best.keras")
+    callback = segment._BestCheckpoint(None, tmp_path / "best.keras")
     callback.set_model(new_model())
     logs = {"loss": 0.5, "val_loss": math.nan, segment.BEST: 0.9, "learning_rate": 0.001}
     with pytest.raises(segment.SegmentError, match="loss became nan in epoch 1"):
@@ -159,14 +163,14 @@ def test_an_interruption_leaves_the_best_epoch_in_the_file(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, val = generators(make_pairs)
-    keep = segment._EpochKeeper.on_epoch_end
+    keep = segment._BestCheckpoint.on_epoch_end
 
     def interrupt(self: Any, epoch: int, logs: Any = None) -> None:
         keep(self, epoch, logs)
         if epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(segment._EpochKeeper, "on_epoch_end", interrupt)
+    monkeypatch.setattr(segment._BestCheckpoint, "on_epoch_end", interrupt)
     model = new_model()
     with pytest.raises(KeyboardInterrupt):
         segment.train_model(model, train, val, 5, save_path=tmp_path / "a.keras", verbose=0)
@@ -177,7 +181,7 @@ def test_an_interruption_leaves_the_best_epoch_in_the_file(
     assert history == {name: curve[: 1 + dice.index(max(dice))] for name, curve in best.items()}
 
 
-def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
+def test_invalid_arguments_and_another_frame_are_refused(make_pairs: MakePairs) -> None:
     train, val = generators(make_pairs)
     with pytest.raises(segment.SegmentError, match="epochs is 0"):
         segment.train_model(new_model(), train, val, 0)
@@ -189,7 +193,7 @@ def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
         segment.train_model(small, train, val, 1)
     blind = segment.create_generator(train.image_paths, image_size=SIZE)
-    with pytest.raises(segment.SegmentError, match="This needs the masks of the images"):
+    with pytest.raises(segment.SegmentError, match="This needs masks"):
         segment.train_model(new_model(), blind, val, 1)
 
 
@@ -201,7 +205,7 @@ def test_senseless_arguments_and_another_frame_are_refused(make_pairs: MakePairs
         ({"log_path": "."}, "is a folder: give the name of a file"),
     ],
 )
-def test_a_file_that_cannot_be_written_is_told_before_the_first_epoch(
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_epoch(
     make_pairs: MakePairs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,17 +220,17 @@ def test_a_file_that_cannot_be_written_is_told_before_the_first_epoch(
     assert not segment.model_record(model).history
 
 
-def test_a_schedule_of_the_optimizer_is_not_overruled_in_silence(make_pairs: MakePairs) -> None:
+def test_an_optimizer_with_a_learning_rate_schedule_is_refused(make_pairs: MakePairs) -> None:
     model = new_model()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9)
     model.compile(keras.optimizers.Adam(schedule), loss=segment.dice_loss)
-    with pytest.raises(segment.SegmentError, match="schedule of its own: give it a plain rate"):
+    with pytest.raises(
+        segment.SegmentError, match="has a learning rate schedule: give it a number"
+    ):
         segment.train_model(model, *generators(make_pairs), 1)
 
 
-def test_without_validation_the_last_epoch_is_the_model(
-    make_pairs: MakePairs, tmp_path: Path
-) -> None:
+def test_without_validation_the_last_epoch_is_kept(make_pairs: MakePairs, tmp_path: Path) -> None:
     train, _ = generators(make_pairs)
     model, path = new_model(), tmp_path / "a.keras"
     history = segment.train_model(model, train, None, 3, save_path=path, verbose=0).history
@@ -239,7 +243,9 @@ def test_without_validation_the_last_epoch_is_the_model(
     assert len(segment.model_record(segment.load_model(path)).history["loss"]) == 4
 
 
-def test_going_on_without_the_metric_still_counts_the_earlier_epochs(make_pairs: MakePairs) -> None:
+def test_further_training_without_dice_compares_with_the_earlier_losses(
+    make_pairs: MakePairs,
+) -> None:
     train, val = generators(make_pairs)
     model = new_model()
     model.compile("adam", loss="binary_crossentropy")
@@ -261,7 +267,7 @@ def test_a_model_compiled_by_hand_keeps_the_epoch_of_the_lowest_loss(make_pairs:
 
 
 def train_from(
-    folder: Path, make_pairs: MakePairs, epochs: int = 4, **options: Any
+    folder: Path, make_pairs: MakePairs, epochs: int = 4, seed: int = 0, **options: Any
 ) -> tuple[keras.Model, list[dict[str, str]]]:
     """Trains with every file in `folder`; returns the model and the log."""
     images, masks = (
@@ -270,7 +276,9 @@ def train_from(
         else make_pairs(6)
     )
     shape: dict[str, Any] = {"image_size": SIZE, "batch_size": 2}
-    train = segment.create_generator(images[:4], masks[:4], shuffle=True, augment=True, **shape)
+    train = segment.create_generator(
+        images[:4], masks[:4], shuffle=True, augment=True, seed=seed, **shape
+    )
     val = segment.create_generator(images[4:], masks[4:], **shape)
     model = options.pop("model", None) or new_model()
     paths: dict[str, Any] = {
@@ -286,7 +294,7 @@ def train_from(
         return model, list(csv.DictReader(file))
 
 
-def test_a_training_killed_at_any_point_ends_like_one_that_was_not(
+def test_a_killed_training_resumes_and_ends_with_the_same_weights(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, log = train_from(tmp_path / "whole", make_pairs, 2)
@@ -315,16 +323,22 @@ def test_a_training_killed_at_any_point_ends_like_one_that_was_not(
     np.testing.assert_array_equal(finished.get_weights()[0], whole.get_weights()[0])
 
 
-def test_another_training_is_not_gone_on_with(make_pairs: MakePairs, tmp_path: Path) -> None:
-    folder, split = tmp_path / "run", [(["a.png"], ["a.png"]), ([], []), ([], [])]
-    train_from(folder, make_pairs, 1)
-    with pytest.raises(
-        segment.SegmentError, match=r"last\.keras is of a training with other .*split"
-    ):
-        train_from(folder, make_pairs, split=split)
+def test_resume_refuses_another_split_seed_or_network(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "run", [(["a.png"], ["a.png"]), ([], []), ([], [])]
+    split = [(["b.png"], ["b.png"]), ([], []), ([], [])]
+    train_from(folder, make_pairs, 1, split=split)
+    before = (folder / "last.keras").read_bytes()
+    checkpoint = r"last\.keras is the checkpoint of a training with another"
+    with pytest.raises(segment.SegmentError, match=f"{checkpoint} split: give"):
+        train_from(folder, make_pairs, split=other)
+    with pytest.raises(segment.SegmentError, match=f"{checkpoint} seed: give"):
+        train_from(folder, make_pairs, seed=1, split=split)
     wide = segment.create_model(SIZE, num_filters=3)
-    with pytest.raises(segment.SegmentError, match=r"last\.keras is of another network"):
+    with pytest.raises(segment.SegmentError, match=r"last\.keras holds another network"):
         train_from(folder, make_pairs, model=wide)
+    assert (folder / "last.keras").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [None, b"PK damaged"])
@@ -341,9 +355,37 @@ def test_resuming_without_the_best_epoch_is_an_error(
         segment.train_model(again, train, None, 2, save_path=best, resume_path=last, verbose=0)
 
 
-def test_best_and_last_epoch_need_two_files(make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_best_and_last_epoch_need_two_files(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = segment.create_generator(*make_pairs(1), image_size=(16, 16))
     model = segment.create_model((16, 16), num_filters=1)
-    one = tmp_path / "one.keras"
-    with pytest.raises(segment.SegmentError, match="cannot hold both the best and the last epoch"):
-        segment.train_model(model, train, None, 1, save_path=one, resume_path=one)
+    monkeypatch.chdir(tmp_path)
+    absolute, relative = str(tmp_path / "one.keras"), "one.keras"
+    for best, last in ((absolute, absolute), (absolute, relative), (relative, absolute)):
+        with pytest.raises(segment.SegmentError, match="cannot hold both the best and the last"):
+            segment.train_model(model, train, None, 1, save_path=best, resume_path=last)
+
+
+def test_callbacks_are_passed_on_to_keras(make_pairs: MakePairs) -> None:
+    ended: list[int] = []
+    record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ended.append(epoch))
+    # No epoch is better by 1, so training stops after the second.
+    stop = keras.callbacks.EarlyStopping("loss", min_delta=1.0, patience=1)
+    history = segment.train_model(
+        new_model(), *generators(make_pairs), 4, callbacks=[record, stop], verbose=0
+    )
+    assert ended == history.epoch == [0, 1]
+
+
+def test_training_and_prediction_leave_stock_layers(make_pairs: MakePairs) -> None:
+    train, val = generators(make_pairs)
+    model = new_model()
+    segment.train_model(model, train, None, 1, verbose=0)
+    assert [layer.name for layer in model.layers if "call" in vars(layer)] == []
+    segment.predict(model, val, verbose=0)
+    assert [layer.name for layer in model.layers if "call" in vars(layer)] == []
+    Path(train.image_paths[0]).write_bytes(b"damaged")
+    with pytest.raises(segment.SegmentError, match="cannot be read as an image"):
+        segment.train_model(model, train, None, 1, verbose=0)
+    assert [layer.name for layer in model.layers if "call" in vars(layer)] == []
