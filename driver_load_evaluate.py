@@ -7,6 +7,7 @@ with --all every pair. Without MODEL the pretrained model segments and scores al
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -19,35 +20,31 @@ SAMPLE = Path(__file__).parent / "images" / "sample"
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    flag = argparse.BooleanOptionalAction
     parser.add_argument("model", nargs="?", metavar="MODEL",
         help="a .keras file that the training saved (default: the pretrained model)")
     add = parser.add_argument_group("data").add_argument
-    add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
-    add("--mask-dir", metavar="DIR", help="folder of their masks (default: those of the sample)")
+    add("--image-dir", metavar="DIR", help="images (default: the sample)")
+    add("--mask-dir", metavar="DIR", help="their masks (default: those of the sample)")
     add("--all", action="store_true", help="score every pair, not only the held-out test set")
     add("--subset", type=positive_int, metavar="N", help="use only the first N images")
-    add("--batch-size", type=positive_int, metavar="N",
-        help="images per batch (default: as in training)")
+    add("--batch-size", type=positive_int, metavar="N", help="images per batch (as in training)")
     add("--skip-bad", action="store_true", help="leave out pairs with unusable files")
     add("--inspect", action="store_true", help="count and plot the image sizes")
     add = parser.add_argument_group("results").add_argument
-    add("--mirror", action=argparse.BooleanOptionalAction,
-        help="average the predictions of the four flips of each image (default: as in training)")
-    add("--one-region", action=argparse.BooleanOptionalAction,
-        help="keep one region of each mask and fill its holes (default: as in training)")
-    add("--threshold", type=float, metavar="P",
-        help="probability from which a pixel is lesion (default: that of the model file)")
-    add("--output", default="evaluation", metavar="DIR",
-        help="folder for everything that is written (default: %(default)s)")
-    add("--num-imgs", type=non_negative_int, default=4, metavar="N",
-        help="test images to plot, and as many of the worst (default: %(default)s)")
+    add("--mirror", action=flag, help="average the predictions of the four flips (as in training)")
+    add("--one-region", action=flag, help="keep one region of each mask (as in training)")
+    add("--threshold", type=float, metavar="P", help="of a lesion (default: that of the model)")
+    add("--output", default="evaluation", metavar="DIR", help="folder of the results (%(default)s)")
+    add("--num-imgs", type=non_negative_int, default=4, metavar="N", help="images to plot (4)")
     options = parser.parse_args(arguments)
+    if options.image_dir is None and options.mask_dir is None:
+        parser.set_defaults(image_dir=str(SAMPLE / "input"), mask_dir=str(SAMPLE / "truth"))
+        options = parser.parse_args(arguments)
     if options.threshold is not None and not 0 < options.threshold < 1:
         parser.error(f"--threshold {options.threshold}: expected a probability between 0 and 1")
-    if options.image_dir is None and options.mask_dir is not None:
-        parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
     if options.image_dir is None:
-        options.image_dir, options.mask_dir = str(SAMPLE / "input"), str(SAMPLE / "truth")
+        parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
     if options.mask_dir is None and options.model is not None and not options.all:
         parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
     return options
@@ -59,8 +56,7 @@ def non_negative_int(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive_int(text: str) -> int:
-    return non_negative_int(text, least=1)
+positive_int = functools.partial(non_negative_int, least=1)
 
 
 def load_evaluate(options: argparse.Namespace) -> None:
@@ -68,16 +64,16 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
     output = Path(options.output)
 
-    # 1. Load the file names of the ISIC images and masks
+    # 1. Load the file names of the images and masks
     if options.mask_dir is None:
-        image_paths, mask_paths = segment.find_images(options.image_dir), list[str]()
+        images, masks = segment.find_images(options.image_dir), list[str]()
     else:
-        image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
-    print(f"{len(image_paths)} images in {options.image_dir}")
+        images, masks = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    print(f"{len(images)} images in {options.image_dir}")
 
     if options.inspect:
         # 2. Inspect the sizes of the images
-        sizes = segment.inspect(image_paths, skip_bad=options.skip_bad)
+        sizes = segment.inspect(images, skip_bad=options.skip_bad)
         for (height, width), count in sizes.items():
             print(f"{count:6} images of {height} x {width} pixels (height x width)")
         # 3. Plot the occurrence of the sizes
@@ -87,32 +83,28 @@ def load_evaluate(options: argparse.Namespace) -> None:
     model = segment.load_model(options.model or segment.PRETRAINED)
     record = segment.model_record(model)
     if options.model is not None and not options.all:
-        image_paths, mask_paths = segment.stored_test_split(model, image_paths, mask_paths)
-        print(f"Evaluating the {len(image_paths)} test images held out in training")
+        images, masks = segment.stored_test_split(model, images, masks)
+        print(f"Evaluating the {len(images)} test images held out in training")
 
     # 5. Check the files, which decodes each once, and predict
-    cache, image_size = segment.PairCache(), model.input_shape[1:3]
-    image_paths, mask_paths, left_out = segment.usable_pairs(
-        image_paths[: options.subset], mask_paths[: options.subset], image_sizes=[image_size],
-        cache=cache, skip_bad=options.skip_bad, verbose=int(sys.stdout.isatty()),
-    )
-    seen = segment.image_ids_seen(model, image_paths) if mask_paths else []
+    frame = {"image_size": model.input_shape[1:3], "cache": segment.PairCache()}
+    images, masks, left_out = segment.usable_pairs(
+        images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
+        image_sizes=[frame["image_size"]], cache=frame["cache"], verbose=int(sys.stdout.isatty()))
+    seen = segment.image_ids_seen(model, images) if masks else []
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
               "scores are not those of a test.", file=sys.stderr)
-    test_generator = segment.create_generator(
-        image_paths, mask_paths or None, image_size=image_size, cache=cache,
-        batch_size=options.batch_size or record.batch_size,
-    )
-    predictions = segment.predict_each(
-        model, test_generator, mirror=options.mirror, one_region=options.one_region
-    )
+    batch_size = options.batch_size or record.batch_size
+    test_generator = segment.create_generator(images, masks or None, batch_size=batch_size, **frame)
+    predictions = segment.predict_each(model, test_generator, mirror=options.mirror,
+                                       one_region=options.one_region, threshold=options.threshold)
 
     # 6. Show the results: images are scored while the next ones are predicted
-    segment.results(test_generator, predictions, num_imgs=options.num_imgs,
-                    threshold=options.threshold, history=record.history, output_dir=output,
-                    notes={"model": str(options.model or segment.PRETRAINED.name),
-                           "images_used_in_training": len(seen), "left_out": left_out})
+    segment.results(
+        test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
+        output_dir=output, notes={"model": str(options.model or segment.PRETRAINED.name),
+                                  "images_used_in_training": len(seen), "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
 
 
@@ -129,8 +121,7 @@ def quiet_startup() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             log.seek(0)
-            errors = (line for line in log if re.match(r"[EF]\d{4} ", line))
-            sys.stderr.writelines(line for line in errors if "cuInit" not in line)
+            sys.stderr.writelines(line for line in log if re.match(r"[EF]\d{4} (?!.*cuInit)", line))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with quiet_startup():
             import segment
     except (ImportError, ValueError) as error:  # a ValueError for an unknown backend
-        print(f"Error: {error}: run pip install -r requirements.txt, and check KERAS_BACKEND",
-              file=sys.stderr)
+        how = "run pip install -r requirements.txt, and check KERAS_BACKEND"
+        print(f"Error: {error}: {how}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -5,14 +5,12 @@ training log, the scores, the figures and the predicted masks.
 """
 
 import argparse
-import atexit
 import contextlib
+import functools
 import os
 import re
-import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,60 +21,42 @@ ON_SAMPLE = {"image_size": (128, 128), "test_split": 0.2, "epochs": 20, "batch_s
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
-    add("--image-dir", metavar="DIR", help="folder of the images (default: the sample)")
-    add("--mask-dir", metavar="DIR", help="folder of their masks (default: those of the sample)")
+    add("--image-dir", metavar="DIR", help="images (default: the sample)")
+    add("--mask-dir", metavar="DIR", help="their masks (default: those of the sample)")
     add("--subset", type=positive_int, metavar="N", help="use only the first N pairs")
-    add("--batch-size", type=positive_int, metavar="N", help="images per batch (8; sample: 4)")
     add("--skip-bad", action="store_true", help="leave out pairs with unusable files")
     add("--inspect", action="store_true", help="count and plot the image sizes")
-    add("--val-split", type=float, default=0.2, metavar="FRACTION",
-        help="fraction of what the test set leaves that validates; with 0 the last epoch counts as "
-             "the best (default: %(default)s)")
-    add("--test-split", type=float, metavar="FRACTION",
-        help="fraction that tests; with 0 nothing is scored (0.03; sample: 0.2)")
-    add("--cache", metavar="DIR",
-        help="folder for decoded images instead of memory, which the next training uses again "
-             "(default: 2 GiB of memory)")
+    add("--val-split", type=float, default=0.2, metavar="PART", help="to validate (%(default)s)")
+    add("--test-split", type=float, metavar="PART", help="to test (0.03; sample: 0.2)")
+    add("--cache", metavar="DIR", help="keep decoded images here (default: 2 GiB of memory)")
     add = parser.add_argument_group("training").add_argument
     add("--image-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
-        help="frame of the network in pixels, divisible by 16 (96 128; sample: 128 128)")
+        help="frame of the network, divisible by 16 (96 128; sample: 128 128)")
+    add("--batch-size", type=positive_int, metavar="N", help="images per batch (8; sample: 4)")
     add("--epochs", type=positive_int, metavar="N", help="training epochs (60; sample: 20)")
-    add("--learning-rate", type=float, default=1e-3, metavar="RATE",
-        help="highest learning rate (default: %(default)s)")
-    add("--seed", type=non_negative_int, default=0,
-        help="of split, weights, order and augmentation (default: %(default)s)")
-    add("--deterministic", action="store_true",
-        help="train the same model from the same seed, to the last bit; slower on a GPU")
-    add("--bfloat16", action="store_true",
-        help="compute in bfloat16, which is faster on recent processors and GPUs")
-    add("--devices", type=positive_int, default=1, metavar="N",
-        help="share each batch among N devices, with TensorFlow or JAX, there also of several "
-             "hosts; a shorter last batch is dropped (default: %(default)s)")
-    add("--resume", action="store_true",
-        help="resume an interrupted training with the same options from OUTPUT/last.keras")
+    add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="highest (%(default)s)")
+    add("--seed", type=non_negative_int, default=0, help="of split, weights, batches (0)")
+    add("--deterministic", action="store_true", help="give the same model for the same seed")
+    add("--bfloat16", action="store_true", help="compute in bfloat16, faster on recent processors")
+    add("--devices", type=positive_int, default=1, metavar="N", help="share batches among devices")
+    add("--resume", action="store_true", help="resume a training from OUTPUT/last.keras")
     add("--start-from", metavar="FILE.keras", help="start with the weights of this model")
     add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
-    add("--no-optimizer", dest="optimizer", action="store_false",
-        help="omit from the final model file what only further training needs")
+    add("--no-optimizer", dest="optimizer", action="store_false", help="save a smaller final model")
     add = parser.add_argument_group("results").add_argument
-    add("--mirror", action=argparse.BooleanOptionalAction, default=True,
-        help="average the predictions of the four flips of each image")
-    add("--one-region", action=argparse.BooleanOptionalAction, default=True,
-        help="keep one region of each mask and fill its holes")
-    add("--threshold", type=float, metavar="P",
-        help="probability from which a pixel is lesion (default: chosen on the validation images)")
-    add("--output", default="output", metavar="DIR",
-        help="folder for everything that is written (default: %(default)s)")
-    add("--num-imgs", type=non_negative_int, default=4, metavar="N",
-        help="test images to plot, and as many of the worst (default: %(default)s)")
+    add("--mirror", action=flag, default=True, help="average the predictions of the four flips")
+    add("--one-region", action=flag, default=True, help="keep one region of a mask, without holes")
+    add("--threshold", type=float, metavar="P", help="of a lesion (default: chosen by validation)")
+    add("--output", default="output", metavar="DIR", help="folder of the results (%(default)s)")
+    add("--num-imgs", type=non_negative_int, default=4, metavar="N", help="images to plot (4)")
     options = parser.parse_args(arguments)
-    folder = options.image_dir or SAMPLE / "input"
-    on_sample = Path(folder).resolve() == (SAMPLE / "input").resolve()
+    folder = Path(options.image_dir or SAMPLE / "input").resolve()
+    parser.set_defaults(**(ON_SAMPLE if folder == (SAMPLE / "input").resolve() else ON_ISIC))
+    parser.set_defaults(save=str(Path(options.output) / "model.keras"))
     if options.image_dir is None and options.mask_dir is None:
         parser.set_defaults(image_dir=str(SAMPLE / "input"), mask_dir=str(SAMPLE / "truth"))
-    parser.set_defaults(**(ON_SAMPLE if on_sample else ON_ISIC))
-    parser.set_defaults(save=str(Path(options.output) / "model.keras"))
     options = parser.parse_args(arguments)
     check_options(options, parser)
     return options
@@ -85,24 +65,20 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     several_hosts = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
     errors = {
-        "--image-dir came without --mask-dir: training needs the masks":
-            options.mask_dir is None,
-        "--mask-dir came without --image-dir: give both, or none for the sample":
-            options.image_dir is None,
-        f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices: give "
-        "a multiple": options.batch_size % options.devices != 0,
+        "--image-dir came without --mask-dir: training needs the masks": not options.mask_dir,
+        "--mask-dir came without --image-dir: give both or none": not options.image_dir,
+        f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices":
+            options.batch_size % options.devices != 0,
         "--resume continues a training on one host only": several_hosts and options.resume,
-        f"--save {options.save}: the name of a model file ends in .keras":
-            not options.save.endswith(".keras"),
+        f"--save {options.save}: the name must end in .keras": options.save[-6:] != ".keras",
         f"--threshold {options.threshold}: expected a probability between 0 and 1":
             options.threshold is not None and not 0 < options.threshold < 1,
     }  # fmt: skip
     for message in (message for message, wrong in errors.items() if wrong):
         parser.error(message)
-    if several_hosts and os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") != "0":
-        # Every host computes the same, results included; only the files of the first are kept.
-        options.output = tempfile.mkdtemp(prefix="host-")
-        atexit.register(shutil.rmtree, options.output, ignore_errors=True)
+    host = os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0")
+    if several_hosts and host != "0":  # every host computes the same, and writes it for itself
+        options.output = str(Path(options.output) / f"host{host}")
         options.save = str(Path(options.output) / "model.keras")
 
 
@@ -112,8 +88,7 @@ def non_negative_int(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive_int(text: str) -> int:
-    return non_negative_int(text, least=1)
+positive_int = functools.partial(non_negative_int, least=1)
 
 
 def train_save_evaluate(options: argparse.Namespace) -> None:
@@ -127,69 +102,53 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     output, (height, width) = Path(options.output), options.image_size
     cache = segment.PairCache(0, options.cache) if options.cache else segment.PairCache()
 
-    # 1. Load the file names of the ISIC images and masks, and check the files. Each is decoded
-    # once, into the frame and into twice the frame, from which augmentation zooms in
-    image_paths, mask_paths = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    # 1. Load the file names of the images and masks, and check the files. Each is decoded once,
+    # into the frame and into twice the frame, from which augmentation zooms in
+    images, masks = segment.find_image_pairs(options.image_dir, options.mask_dir)
     twice = (2 * height, 2 * width)
-    image_paths, mask_paths, left_out = segment.usable_pairs(
-        image_paths[: options.subset], mask_paths[: options.subset], cache=cache,
-        image_sizes=[twice, (height, width)], skip_bad=options.skip_bad,
-        verbose=int(sys.stdout.isatty()),
-    )
-    print(f"{len(image_paths)} pairs in {options.image_dir}")
+    images, masks, left_out = segment.usable_pairs(
+        images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad, cache=cache,
+        image_sizes=[twice, (height, width)], verbose=int(sys.stdout.isatty()))
+    print(f"{len(images)} pairs in {options.image_dir}")
 
     if options.inspect:
         # 2. Inspect the sizes of the images
-        sizes = segment.inspect(image_paths)
+        sizes = segment.inspect(images)
         for (rows, columns), count in sizes.items():
             print(f"{count:6} images of {rows} x {columns} pixels (height x width)")
         # 3. Plot the occurrence of the sizes
         segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
-        lesions = segment.find_same_lesions(image_paths, mask_paths, image_size=twice, cache=cache)
-        for images in lesions:
-            print("Same lesion:", *map(segment.image_id, images))
+        for lesion in segment.find_same_lesions(images, masks, image_size=twice, cache=cache):
+            print("Same lesion:", *map(segment.image_id, lesion))
 
     # 4. Split into training, validation and test set, the images of one lesion together
     split = train, val, test = segment.train_val_test_split(
-        image_paths, mask_paths, val_split=options.val_split, test_split=options.test_split,
-        seed=options.seed, image_size=twice, cache=cache,
-    )
+        images, masks, val_split=options.val_split, test_split=options.test_split,
+        seed=options.seed, image_size=twice, cache=cache)
     print("{} to train, {} to validate, {} to test on".format(*(len(part[0]) for part in split)))
 
     # 5. Create a generator for each set
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}
     train_generator = segment.create_generator(
-        *train, shuffle=True, augment=True, seed=options.seed, **whole
-    )
+        *train, shuffle=True, augment=True, seed=options.seed, **whole)
     val_generator = segment.create_generator(*val, **whole) if val[0] else None
     test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
     # 6. Create a new UNet
     model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
-    segment.model_record(model).origin = {
-        "options": vars(options), "left_out": left_out,
-        "sha256_of_images": segment.checksum(image_paths),
-        "sha256_of_masks": segment.checksum(mask_paths),
-    }  # fmt: skip
+    segment.model_record(model).origin = {"options": vars(options), "left_out": left_out}
     if options.start_from:
         segment.load_weights(model, options.start_from)
 
-    # 7. Train it, with the best epoch so far in the file; then save it with its settings
+    # 7. Train it and save it with its settings
     if options.resume and not (output / "last.keras").exists():
         print(f"There is no checkpoint in {output}: training starts from scratch")
-    started = time.time()
-    try:
-        segment.train_model(
-            model, train_generator, val_generator, options.epochs, split=split,
-            learning_rate=options.learning_rate, save_path=options.save,
-            log_path=output / "training.csv", resume_path=output / "last.keras",
-            resume=options.resume,
-        )
-    except KeyboardInterrupt:
-        if os.path.exists(options.save) and os.path.getmtime(options.save) >= started:
-            print(f"\nThe best epoch so far is in {options.save}", file=sys.stderr)
-        raise
+    print(f"Training: the best epoch so far is always in {options.save}")
+    segment.train_model(
+        model, train_generator, val_generator, options.epochs, split=split,
+        learning_rate=options.learning_rate, save_path=options.save, resume=options.resume,
+        resume_path=output / "last.keras", log_path=output / "training.csv")
     how = {"mirror": options.mirror, "one_region": options.one_region}
     threshold = options.threshold
     if threshold is None and val_generator is not None:
@@ -205,9 +164,10 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     predictions = segment.predict_each(model, test_generator)
 
     # 9. Show the results: images are scored while the next ones are predicted
-    segment.results(test_generator, predictions, num_imgs=options.num_imgs,
-                    history=segment.model_record(model).history, output_dir=output,
-                    notes={"model": options.save, "left_out": left_out})
+    segment.results(
+        test_generator, predictions, num_imgs=options.num_imgs, output_dir=output,
+        history=segment.model_record(model).history,
+        notes={"model": options.save, "left_out": left_out})
     print(f"Scores, figures and masks are in {output}")
 
 
@@ -224,8 +184,7 @@ def quiet_startup() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             log.seek(0)
-            errors = (line for line in log if re.match(r"[EF]\d{4} ", line))
-            sys.stderr.writelines(line for line in errors if "cuInit" not in line)
+            sys.stderr.writelines(line for line in log if re.match(r"[EF]\d{4} (?!.*cuInit)", line))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,14 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with quiet_startup():
             import segment
     except (ImportError, ValueError) as error:  # a ValueError for an unknown backend
-        print(f"Error: {error}: run pip install -r requirements.txt, and check KERAS_BACKEND",
-              file=sys.stderr)
+        how = "run pip install -r requirements.txt, and check KERAS_BACKEND"
+        print(f"Error: {error}: {how}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return segment.run_driver(
-        train_save_evaluate, options, startup=quiet_startup, devices=options.devices
-    )
+        train_save_evaluate, options, startup=quiet_startup, devices=options.devices)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,18 @@ Glossary, valid for every function:
 - `image_size`: `(height, width)` in pixels of the frame in which the network sees an image. The
   image keeps its aspect ratio and is centred on black (`letterbox`).
 - `cache`: the `PairCache` in which decoded pairs are found and kept.
+- `skip_bad`: leave out what cannot be used rather than raise an error.
 - Probabilities: `float32 (N, height, width, 1)` in 0..1, in the order of the images.
 - Threshold: the probability from which a pixel is lesion, between 0 and 1.
+- Mirror: average the predictions of the four flips of an image (test-time augmentation).
+- One region: keep one region of each mask, without holes, as ISIC masks are: the most certain one.
 - Scores: in 0..1, of one image at its original resolution. A Jaccard below 0.65 is a failure.
 - Record: what a model file holds besides the network (`model_record`).
+- Split: `(train, val, test)`, each `(image_paths, mask_paths)`.
 - `verbose`: 1 for a progress bar, 0 for none.
 
 Input that cannot be used raises a `SegmentError`, whose sentence says what was received, what was
-expected and what to do; a list of files that differs in length from its partner always does.
-
-Nothing runs on import. Keras computes with TensorFlow, or with what `KERAS_BACKEND` says.
+expected and what to do. Keras computes with TensorFlow, or with what `KERAS_BACKEND` says.
 """
 
 from __future__ import annotations
@@ -40,13 +42,11 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
-import struct
 import sys
 import tempfile
 import threading
@@ -54,7 +54,7 @@ import time
 import warnings
 import weakref
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -76,22 +76,19 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import shuffle
 
 __all__ = [  # noqa: RUF022, in the order of the sections
-    "SegmentError",
-    "image_id", "find_image_pairs", "find_images", "letterbox", "load_input_image",
-    "load_segmented_image", "PairCache",
-    "inspect", "plot_image_sizes", "check_pairs", "usable_pairs", "checksum",
-    "find_same_lesions", "train_val_test_split", "create_generator", "create_model",
-    "METRICS", "dice_coefficient", "dice_loss", "dice_cross_entropy_loss", "score_masks",
-    "train_model", "predict", "predict_each", "choose_threshold", "estimate_dice",
-    "describe_device", "data_parallel", "make_deterministic",
-    "model_record", "save_model", "load_model", "load_weights", "stored_test_split",
-    "image_ids_seen",
-    "results", "restore_masks", "summarize", "plot_predictions", "plot_dice_histogram",
-    "plot_history", "save_figure", "run_driver",
+    "SegmentError", "image_id", "find_image_pairs", "find_images", "letterbox", "load_input_image",
+    "load_segmented_image", "PairCache", "inspect", "plot_image_sizes", "check_pairs",
+    "usable_pairs", "find_same_lesions", "train_val_test_split", "create_generator",
+    "create_model", "METRICS", "dice_coefficient", "dice_loss", "dice_cross_entropy_loss",
+    "score_masks", "train_model", "predict", "predict_each", "choose_threshold", "estimate_dice",
+    "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
+    "load_model", "load_weights", "stored_test_split", "image_ids_seen", "results",
+    "restore_masks", "summarize", "plot_predictions", "plot_dice_histogram", "plot_history",
+    "save_figure", "run_driver",
 ]  # fmt: skip
 
 IMAGE_SIZE = (256, 256)  # as in the original system
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
+IMAGE_NAME = r"(?is)(?!\.).*(?<!_superpixels)\.(jpe?g|png|bmp|tiff?)"
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # all that is decoded; MPO belongs to JPEG
 MAX_PIXELS = 2**26  # of an image file; the largest ISIC images have half of that
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
@@ -101,19 +98,19 @@ RINGS, ANGLES = 16, 64  # samples of a lesion signature
 SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
 OUTLINE_DOUBT = 0.005  # what the outline of a mask of the whole frame costs, in Dice
 BEST = "val_dice_coefficient"  # selects the best epoch
+NEEDS_MASKS = "This needs masks: create the generator with mask_paths."
 
 Size = tuple[int, int]
 StrPath = str | os.PathLike[str]
-Pair = tuple[str, str]
+Paths = Sequence[StrPath]
+Pair = tuple[str, str | None]
 Pairs = tuple[list[str], list[str]]
 Array = NDArray[Any]
+Mask = NDArray[np.bool_]
 Tensor = Any  # of any backend
 
 
-# ----------------------------------------------------------------------------------------------
-# Errors and whole files
-# ----------------------------------------------------------------------------------------------
-
+# --- Errors and whole files -------------------------------------------------------------------
 
 class SegmentError(ValueError):
     """Input that cannot be used."""
@@ -141,9 +138,9 @@ def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
 def _written_whole(path: StrPath) -> Iterator[Path]:
     """Yields a temporary file that replaces `path` once it is complete."""
     path = Path(path)
+    _check_file_to_write(path)
     name = f".segment-unfinished-{os.getpid()}-{threading.get_ident()}{path.suffix}"
     temporary = path.with_name(name)
-    _check_file_to_write(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -156,9 +153,11 @@ def _written_whole(path: StrPath) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _write_text(path: Path, text: str) -> None:
-    with _written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with _written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -170,16 +169,12 @@ def _remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-# ----------------------------------------------------------------------------------------------
-# 1. Loading: from a folder to pairs, from a file to an array
-# ----------------------------------------------------------------------------------------------
-
+# --- 1. Loading: from a folder to pairs, from a file to an array ------------------------------
 
 def image_id(path: StrPath) -> str:
-    """Returns the id that an image and its mask share.
+    """Returns the id that an image and its mask share: the ISIC id, as `"ISIC_0012345"`.
 
-    It is the ISIC id, as `"ISIC_0012345"`, if the name begins with one. Otherwise it is the name
-    without its suffix and without `_segmentation` at its end, in any case.
+    If the name does not begin with one, it is the name without its suffix and `_segmentation`.
     """
     stem = Path(path).stem
     isic = re.match(r"ISIC_\d+", stem, re.IGNORECASE)
@@ -187,24 +182,17 @@ def image_id(path: StrPath) -> str:
 
 
 def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
-    """Finds the images of a folder and the mask of each.
+    """Finds the images of a folder and the mask of each, sorted by id.
 
     Takes the ISIC 2016, 2017 and 2018 folders as they are unpacked, and plain folders in which
     image and mask share a stem. Superpixels, other files and hidden files are ignored. One folder
-    may hold both, as in ISIC 2016 part 3B: then the masks are the names in `_segmentation`.
-
-    Returns:
-        `(image_paths, mask_paths)`, sorted by id.
-
-    Raises:
-        SegmentError: If a folder is missing or holds no image, an id occurs twice, or an image or
-            a mask has no partner. The error counts the cases and names the first ones.
+    may hold both, as in ISIC 2016 part 3B: then the masks are the names in `_segmentation`. Ids
+    that occur twice, and images and masks without a partner are an error that counts them.
     """
     one_folder = Path(image_dir).resolve() == Path(mask_dir).resolve()
     image_files = [path for path in _list_images(image_dir) if not _is_mask(path)]
     mask_files = [path for path in _list_images(mask_dir) if _is_mask(path) or not one_folder]
-    images = {image_id(path): path for path in image_files}
-    masks = {image_id(path): path for path in mask_files}
+    images, masks = ({image_id(file): file for file in fs} for fs in (image_files, mask_files))
     problems = {
         "ids that several images share": _repeated(image_files),
         "ids that several masks share": _repeated(mask_files),
@@ -212,21 +200,15 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
         "masks without an image": sorted(masks.keys() - images.keys()),
     }
     found = [f"{len(ids)} {what} ({_shorten(ids)})" for what, ids in problems.items() if ids]
-    _require(
-        not found,
-        f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold "
-        f"{' and '.join(found)}: rename or remove these files.",
-    )
+    _require(not found, f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} "
+             f"hold {' and '.join(found)}: rename or remove these files.")
     return [images[id_] for id_ in sorted(images)], [masks[id_] for id_ in sorted(images)]
 
 
 def find_images(image_dir: StrPath) -> list[str]:
     """Finds the images of a folder, sorted by name, to segment them without masks.
 
-    Superpixels, masks (names in `_segmentation`), other files and hidden files are ignored.
-
-    Raises:
-        SegmentError: If the folder is missing or holds no image, or if an id occurs twice.
+    Masks are the names in `_segmentation`. They are ignored, as `find_image_pairs` ignores others.
     """
     paths = [path for path in _list_images(image_dir) if not _is_mask(path)]
     ids = _repeated(paths)
@@ -237,15 +219,9 @@ def find_images(image_dir: StrPath) -> list[str]:
 
 def _list_images(folder: StrPath) -> list[str]:
     _require(Path(folder).is_dir(), f"{folder} is not a folder: give the folder of the files.")
-    paths = [
-        str(path)
-        for path in sorted(Path(folder).iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and not path.stem.lower().endswith("_superpixels")
-        and path.is_file()
-    ]
-    _require(bool(paths), f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
+    paths = [str(path) for path in files if re.fullmatch(IMAGE_NAME, path.name)]
+    _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF).")
     broken = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
     _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
     return paths
@@ -255,7 +231,7 @@ def _is_mask(path: StrPath) -> bool:
     return Path(path).stem.lower().endswith("_segmentation")
 
 
-def _repeated(paths: Sequence[str]) -> list[str]:
+def _repeated(paths: Iterable[str]) -> list[str]:
     return sorted(id_ for id_, count in Counter(map(image_id, paths)).items() if count > 1)
 
 
@@ -265,9 +241,7 @@ def _shorten(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _zip_pairs(
-    image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath] | None
-) -> list[tuple[str, str | None]]:
+def _zip_pairs(image_paths: Paths, mask_paths: Paths | None) -> list[Pair]:
     """Pairs of paths, whose masks are `None` where there are none."""
     images = list(map(str, image_paths))
     masks = [None] * len(images) if mask_paths is None else list(map(str, mask_paths))
@@ -285,13 +259,10 @@ def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
 
 
 def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
-    """Fits an image of `size` into a frame: aspect ratio kept, centred, as large as possible.
+    """Returns the box `(top, left, height, width)` in pixels of an image inside a frame.
 
-    This is the only geometry of the project: loading resizes an image to the box, and
+    This is the only geometry of the project: loading resizes an image of `size` to the box, and
     `restore_masks` crops the box and resizes it to the image.
-
-    Returns:
-        `(top, left, height, width)` of the image inside the frame, in pixels.
     """
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
@@ -302,47 +273,33 @@ def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDA
     """Loads an image into a frame, or with `None` at its original resolution.
 
     The EXIF orientation is applied. Palette, greyscale, RGBA, CMYK and 16-bit images become RGB.
-
-    Raises:
-        SegmentError: If the file cannot be read as an image, or `image_size` is invalid.
     """
-    return _decode_image(path, [image_size])[0]
+    return _decode(path, [image_size], mask=False)[0]
 
 
 def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
     """Loads a mask into a frame as its image is, or with `None` at its original resolution.
 
-    A pixel is lesion where at least half of the area that it covers is, so lesions neither grow
-    nor shrink.
-
-    Raises:
-        SegmentError: If the file cannot be read, or holds other values than 0 and 255 or 0 and 1.
-            Those of a JPEG may be close to 0 and 255.
+    A pixel is lesion where at least half of its area is. Those of a JPEG may be nearly 0 and 255.
     """
-    return _decode_mask(path, [image_size])[0]
+    return _decode(path, [image_size], mask=True)[0]
 
 
-def _decode_image(path: StrPath, image_sizes: Sequence[Size | None]) -> list[Array]:
-    """Decodes an image once and fits it into each frame."""
+def _decode(path: StrPath, image_sizes: Sequence[Size | None], *, mask: bool) -> list[Array]:
+    """Decodes an image or a mask once and fits it into each frame."""
     with _open_image(path) as image:
-        size = _upright_size(image)
-        frames = [_check_image_size(frame) for frame in image_sizes if frame is not None]
-        if None not in image_sizes:
+        size, lossy = _upright_size(image), image.format in ("JPEG", "MPO")
+        if not mask and None not in image_sizes:
             # A JPEG is decoded at the smallest scale that has about twice the pixels needed.
+            frames = [_check_image_size(frame) for frame in image_sizes if frame is not None]
             box = np.max([letterbox(size, frame)[2:] for frame in frames], axis=0)
             height, width = box if size == (image.height, image.width) else box[::-1]
             image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
-        picture = _to_rgb(_upright(image), path)
-        return [np.asarray(_fit(picture, size, frame)) for frame in image_sizes]
-
-
-def _decode_mask(path: StrPath, image_sizes: Sequence[Size | None]) -> list[Array]:
-    """Decodes a mask once and fits it into each frame."""
-    with _open_image(path) as image:
-        lossy = image.format in ("JPEG", "MPO")
-        mask = _to_black_and_white(_upright(image), lossy, path)
-    fitted = (np.asarray(_fit(mask, (mask.height, mask.width), frame)) for frame in image_sizes)
-    return [(levels >= 128).astype(np.uint8)[..., None] for levels in fitted]
+        image.load()  # a TIFF is upright only now
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _to_black_and_white(image, lossy, path) if mask else _to_rgb(image, path)
+        fitted = [np.asarray(_fit(image, size, frame)) for frame in image_sizes]
+    return [(levels >= 128).astype(np.uint8)[..., None] for levels in fitted] if mask else fitted
 
 
 @contextlib.contextmanager
@@ -351,23 +308,16 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
-            _require(
-                pixels <= MAX_PIXELS,
-                f"{path}: has {pixels} pixels, but no photograph of skin has more than "
-                f"{MAX_PIXELS}: scale it down or leave it out.",
-            )
+            size = f"{path}: has {pixels} pixels, more than the {MAX_PIXELS} of a photograph"
+            _require(pixels <= MAX_PIXELS, f"{size}: scale it down or leave it out.")
             yield image
     except SegmentError:
         raise
     except FileNotFoundError:
         raise SegmentError(f"{path}: there is no such file.") from None
-    except (
-        OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error,
-        Image.DecompressionBombError,
-    ) as error:  # fmt: skip
-        raise SegmentError(
-            f"{path}: cannot be read as an image ({error}): replace the file or leave it out."
-        ) from error
+    except Exception as error:  # a damaged file can fail in any way
+        what = f"{path}: cannot be read as an image ({error})"
+        raise SegmentError(f"{what}: replace the file or leave it out.") from error
 
 
 def _upright_size(image: Image.Image) -> Size:
@@ -379,35 +329,24 @@ def _upright_size(image: Image.Image) -> Size:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # a TIFF is upright only now
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
 def _size_of(path: StrPath) -> Size:
     with _open_image(path) as image:
         return _upright_size(image)
 
 
 def _check_same_size(image_path: StrPath, mask_path: StrPath) -> None:
-    size, mask_size = _size_of(image_path), _size_of(mask_path)
-    _require(
-        size == mask_size,
-        f"{image_path} is {size[0]} × {size[1]} (height × width), but its mask {mask_path} is "
-        f"{mask_size[0]} × {mask_size[1]}: expected a mask of the size of its image.",
-    )
+    size, found = (f"{h} × {w}" for h, w in map(_size_of, (image_path, mask_path)))
+    _require(size == found, f"{image_path} is {size} (height × width), but its mask {mask_path} is "
+             f"{found}: expected a mask of the size of its image.")
 
 
 def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
     if image.mode[0] in "IF":  # grey levels of more than 8 bits, which Pillow would clip
         levels = np.asarray(image)
         low, high = levels.min(), levels.max()
-        _require(
-            image.mode != "F" and low >= 0 and high <= 65535,
-            f"{path}: its grey levels are {levels.dtype} from {low:g} to {high:g}: expected 8 or "
-            "16 bits without a sign; convert it.",
-        )
+        found = f"{path}: its grey levels are {levels.dtype} from {low:g} to {high:g}"
+        valid = image.mode != "F" and low >= 0 and high <= 65535
+        _require(valid, f"{found}: expected 8 or 16 bits without a sign; convert it.")
         image = Image.fromarray((levels >> 8 if high > 255 else levels).astype(np.uint8))
     if image.mode == "P":  # Pillow converts a translucent palette correctly only through RGBA
         image = image.convert("RGBA")
@@ -419,19 +358,16 @@ def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image
     if image.mode == "L" and not lossy and (np.asarray(image) + np.uint8(1) <= 1).all():
         return image  # as nearly all masks are: 255 + 1 is 0
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
-    levels, counts = np.unique(grey, return_counts=True)
-    if image.mode == "P" and not np.isin(levels, (0, 255)).all():  # labels in colours
+    if image.mode == "P" and not np.isin(grey, (0, 255)).all():  # labels in colours
         grey = np.asarray(image)
-        levels, counts = np.unique(grey, return_counts=True)
+    levels, counts = np.unique(grey, return_counts=True)
     white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
     # A lossy mask has black, white and hardly anything in between.
-    nearly = lossy and levels[0] < 24 and levels[-1] >= 232
-    nearly = nearly and counts[(levels >= 24) & (levels < 232)].sum() < 0.01 * counts.sum()
-    _require(
-        bool(nearly or np.isin(levels, (0, white)).all()),
-        f"{path}: expected a mask of 0 and 255 (or 0 and 1), but it has {len(levels)} values "
-        f"({_shorten([f'{level:g}' for level in levels])}): threshold it, if it is one.",
-    )
+    between = counts[(levels >= 24) & (levels < 232)].sum() / counts.sum()
+    nearly = lossy and levels[0] < 24 and levels[-1] >= 232 and between < 0.01
+    values = f"{len(levels)} values ({_shorten([f'{level:g}' for level in levels])})"
+    _require(bool(nearly or np.isin(levels, (0, white)).all()), f"{path}: expected a mask of 0 and "
+             f"255 (or 0 and 1), but it has {values}: threshold it, if it is one.")
     return Image.fromarray((grey >= white / 2).astype(np.uint8) * 255)
 
 
@@ -441,8 +377,7 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
         return image
     top, left, height, width = letterbox(size, _check_image_size(image_size))
     frame = Image.new(image.mode, (image_size[1], image_size[0]))
-    # Pillow's bilinear filter covers all source pixels, so it does not alias. Averaging whole
-    # blocks down to twice the size first is faster.
+    # Pillow's bilinear filter covers all source pixels; to average blocks first is faster.
     filter_ = Image.Resampling.BILINEAR
     frame.paste(image.resize((width, height), filter_, reducing_gap=2), (left, top))
     return frame
@@ -451,16 +386,9 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
 class PairCache:
     """Decodes each pair once and keeps it, in memory up to a budget and in a folder if asked.
 
-    An entry belongs to the paths, lengths and modification times of both files and to the frame: a
-    file that changed is decoded again. Several processes may share the folder; to empty it, remove
-    it. Pairs that are not kept are decoded each time.
-
-    Args:
-        max_bytes: Budget of memory in bytes; a pair takes 4 bytes per pixel of the frame.
-        folder: Folder for plain `.npy` files, used until a disk is full.
-
-    Raises:
-        SegmentError: If the folder cannot be written.
+    A pair takes 4 bytes of memory per pixel of the frame; the folder holds plain `.npy` files until
+    its disk is full, and several processes may share it. A file that changed, by its length or
+    modification time, is decoded again, and so is what is not kept.
     """
 
     def __init__(self, max_bytes: int = 2**31, folder: StrPath | None = None) -> None:
@@ -473,23 +401,17 @@ class PairCache:
             _remove_leftovers(self.folder)
 
     def load(self, image_path: str, mask_path: str | None, *image_sizes: Size) -> Array:
-        """Returns a pair in the first frame; without a mask file its mask is empty.
-
-        If the files have to be decoded, the pair is kept in every frame.
-
-        Raises:
-            SegmentError: If a file cannot be used, or image and mask differ in size.
-        """
+        """Returns a pair in the first frame, and keeps it in all; no mask file: an empty mask."""
         names = [_entry_name(image_path, mask_path, frame) for frame in image_sizes]
         found = self._find(names[0], image_sizes[0])
         if found is not None:
             return found
-        pairs = _decode_image(image_path, image_sizes)
-        masks = [np.zeros_like(pair[..., :1]) for pair in pairs]
+        pictures = _decode(image_path, image_sizes, mask=False)
+        masks = [np.zeros_like(picture[..., :1]) for picture in pictures]
         if mask_path is not None:
             _check_same_size(image_path, mask_path)
-            masks = _decode_mask(mask_path, image_sizes)
-        pairs = [np.concatenate(pair, axis=2) for pair in zip(pairs, masks, strict=True)]
+            masks = _decode(mask_path, image_sizes, mask=True)
+        pairs = [np.concatenate(pair, axis=2) for pair in zip(pictures, masks, strict=True)]
         for name, pair in zip(names, pairs, strict=True):
             self._write(name, pair)
             self._keep(name, pair)
@@ -498,14 +420,12 @@ class PairCache:
     def _find(self, name: str, image_size: Size) -> Array | None:
         if name in self._kept or self.folder is None:
             return self._kept.get(name)
-        try:
-            pair = np.load(self.folder / f"{name}.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError, SyntaxError):  # absent or damaged
-            return None
-        if pair.shape != (*image_size, 4) or pair.dtype != np.uint8:
-            return None
-        self._keep(name, pair)
-        return np.asarray(pair)
+        with contextlib.suppress(OSError, ValueError, EOFError, SyntaxError):  # absent or damaged
+            pair: Array = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+            if pair.shape == (*image_size, 4) and pair.dtype == np.uint8:
+                self._keep(name, pair)
+                return pair
+        return None
 
     def _keep(self, name: str, pair: Array) -> None:
         with self._lock:
@@ -514,17 +434,16 @@ class PairCache:
                 self._kept[name] = pair
 
     def _write(self, name: str, pair: Array) -> None:
-        folder = self.folder
-        if folder is None:
+        if (folder := self.folder) is None:
             return
         try:
             with _written_whole(folder / f"{name}.npy") as temporary:
                 np.save(temporary, pair)
         except SegmentError as error:
-            with self._lock:
-                first, self.folder = self.folder is not None, None
-            if first:
-                warnings.warn(f"Pairs are no longer kept in a folder: {error}", stacklevel=3)
+            with self._lock:  # so that only the first thread warns
+                if self.folder is not None:
+                    warnings.warn(f"Pairs are no longer kept in a folder: {error}", stacklevel=3)
+                self.folder = None
 
 
 def _entry_name(image_path: str, mask_path: str | None, image_size: Size) -> str:
@@ -537,21 +456,10 @@ def _entry_name(image_path: str, mask_path: str | None, image_size: Size) -> str
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. Inspection: image sizes, unusable and unusual files
-# ----------------------------------------------------------------------------------------------
-
+# --- 2. Inspection: image sizes, unusable and unusual files -----------------------------------
 
 def inspect(image_paths: Iterable[StrPath], *, skip_bad: bool = False) -> dict[Size, int]:
-    """Counts the image sizes, from the headers of the files.
-
-    Args:
-        image_paths: Image files.
-        skip_bad: Whether to ignore a file that cannot be read rather than to raise an error.
-
-    Returns:
-        `{(height, width): count}` in pixels, the most frequent size first.
-    """
+    """Returns `{(height, width): count}` of the images, the most frequent size first."""
     counts: Counter[Size] = Counter()
     for path in image_paths:
         with contextlib.suppress(*[SegmentError] * skip_bad):
@@ -561,14 +469,12 @@ def inspect(image_paths: Iterable[StrPath], *, skip_bad: bool = False) -> dict[S
 
 def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
     """Plots what `inspect` returned; the sizes beyond the `most` frequent share a bar."""
-    shown = list(sizes.items())[:most]
-    names = [f"{height} × {width}" for (height, width), _ in shown]
-    counts = [count for _, count in shown]
+    shown = dict(itertools.islice(sizes.items(), most))
+    bars = {f"{height} × {width}": count for (height, width), count in shown.items()}
     if len(sizes) > most:
-        names.append(f"{len(sizes) - most} other sizes")
-        counts.append(sum(sizes.values()) - sum(counts))
-    figure, (axes,) = _subplots(1, 1, width=7, height=1.5 + 0.26 * len(names))
-    axes.bar_label(axes.barh(names, counts, color="tab:blue"), padding=3)
+        bars[f"{len(sizes) - most} other sizes"] = sum(sizes.values()) - sum(shown.values())
+    figure, (axes,) = _subplots(1, 1, width=7, height=1.5 + 0.26 * len(bars))
+    axes.bar_label(axes.barh(list(bars), list(bars.values()), color="tab:blue"), padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.02)
     total = f"{sum(sizes.values())} images, {len(sizes)} different sizes"
@@ -581,35 +487,21 @@ class Finding(NamedTuple):
     """A finding of `check_pairs`: an `"error"` makes the pair unusable, a `"warning"` does not."""
 
     severity: str
-    path: str
-    what: str
+    path: str  # of the image
+    what: str  # a sentence that names the file
 
 
 def check_pairs(
-    image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath] | None = None,
-    *,
-    image_sizes: Sequence[Size] = (IMAGE_SIZE,),
-    cache: PairCache | None = None,
-    verbose: int = 0,
+    image_paths: Paths, mask_paths: Paths | None = None, *,
+    image_sizes: Sequence[Size] = (IMAGE_SIZE,), cache: PairCache | None = None, verbose: int = 0
 ) -> list[Finding]:
     """Checks every file before a training that would fail on it an hour later.
 
     Errors are files that cannot be read, masks with other than two values, and masks of another
     size than their image. Warnings are files whose format is not that of their suffix or whose
     mode is unusual, duplicates, and masks that are empty, full, probably inverted, of several
-    regions or with holes, as seen in the first frame.
-
-    Args:
-        image_paths: Image files.
-        mask_paths: Mask files; `None` to check images without masks.
-        image_sizes: Frames in which the pairs are decoded and kept.
-        cache: Keeps the decoded pairs.
-        verbose: 1 for a progress bar.
-
-    Returns:
-        The findings, errors first: `severity`, `path` of the image and `what`, a sentence that
-        names the file. Of a pair with errors, the first one is returned.
+    regions or with holes, as seen in the first of the frames in which the pairs are kept. Errors
+    come first; of a pair with errors, the first one is returned.
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     sizes, cache = [_check_image_size(size) for size in image_sizes], cache or PairCache(0)
@@ -624,9 +516,7 @@ def check_pairs(
     return sorted(findings, key=lambda finding: finding.severity)
 
 
-def _check_pair(
-    image_sizes: Sequence[Size], cache: PairCache, pair: tuple[str, str | None]
-) -> list[Finding]:
+def _check_pair(image_sizes: Sequence[Size], cache: PairCache, pair: Pair) -> list[Finding]:
     image_path, mask_path = pair
     try:
         decoded = cache.load(image_path, mask_path, *image_sizes)
@@ -665,72 +555,43 @@ def _unusual_mask(mask: Array, path: str) -> list[str]:
     return [f"{path}: the mask {what}." for what, unusual in found.items() if unusual]
 
 
-def _fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _fill_holes(mask: Mask) -> Mask:
     """Fills what the background outside does not reach; `scipy`'s function takes much longer."""
     background = ndimage.label(~np.pad(mask, 1))[0]
     return np.asarray(background != background[0, 0])[1:-1, 1:-1]
 
 
-def _find_duplicates(files: Sequence[tuple[str, str]], kind: str) -> list[Finding]:
-    """Finds equal files among `(path, image)`; only files of equal length are read."""
-    lengths = [os.path.getsize(path) if os.path.isfile(path) else 0 for path, _ in files]
-    common = Counter(lengths)
+def _find_duplicates(files: Sequence[tuple[str, str]], kind: str) -> Iterator[Finding]:
+    """Finds files of equal content among `(path, image)`."""
     first: dict[bytes, str] = {}
-    findings = []
-    for (path, image), length in zip(files, lengths, strict=True):
-        digest = _digest(path) if length and common[length] > 1 else b""
+    for path, image in files:
+        digest = _digest(path)
         if digest and first.setdefault(digest, path) != path:
             what = f"{path}: a duplicate of the {kind} {first[digest]}."
-            findings.append(Finding("warning", image, what))
-    return findings
+            yield Finding("warning", image, what)
 
 
 def _digest(path: StrPath) -> bytes:
     """SHA-256 of the content, empty for a file that cannot be read."""
-    try:
+    with contextlib.suppress(OSError):
         return hashlib.sha256(Path(path).read_bytes()).digest()
-    except OSError:
-        return b""
-
-
-def checksum(paths: Sequence[StrPath]) -> str:
-    """Returns the SHA-256 of the names and contents of files, in their order."""
-    content = (Path(path).name.encode() + _digest(path) for path in paths)
-    return hashlib.sha256(b"".join(content)).hexdigest()
+    return b""
 
 
 def usable_pairs(
-    image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath] | None = None,
-    *,
-    skip_bad: bool = False,
-    **options: Any,
+    image_paths: Paths, mask_paths: Paths | None = None, *, skip_bad: bool = False, **options: Any
 ) -> tuple[list[str], list[str], list[str]]:
-    """Checks every file, warns of what is unusual, and keeps the pairs that can be used.
+    """Returns `(image_paths, mask_paths, left_out)` after `check_pairs`, which takes the options.
 
-    Args:
-        image_paths: Image files.
-        mask_paths: Mask files; `None` or empty to check images without masks.
-        skip_bad: Whether to leave unusable pairs out rather than to raise an error.
-        **options: Options of `check_pairs`.
-
-    Returns:
-        `(image_paths, mask_paths, left_out)`; no masks if there were none.
-
-    Raises:
-        SegmentError: If no pair can be used, or if one cannot and `skip_bad` is `False`. The error
-            lists all of them.
+    What is unusual is a warning. The error for pairs that cannot be used lists all of them.
     """
     findings = check_pairs(image_paths, mask_paths or None, **options)
     bad = {finding.path: finding.what for finding in findings if finding.severity == "error"}
     listed = "".join(f"\n  {what}" for what in bad.values())
     none = len(bad) == len(image_paths)
     _require(not none, f"None of the images can be used: fix the files.{listed}")
-    _require(
-        not bad or skip_bad,
-        f"{len(bad)} of {len(image_paths)} images cannot be used: fix the files, or leave them out "
-        f"with --skip-bad (skip_bad=True).{listed}",
-    )
+    _require(not bad or skip_bad, f"{len(bad)} of {len(image_paths)} images cannot be used: fix "
+             f"the files, or leave them out with --skip-bad (skip_bad=True).{listed}")
     for finding in findings:
         left_out = "left out: " if finding.severity == "error" else ""
         warnings.warn(left_out + finding.what, stacklevel=2)
@@ -739,38 +600,29 @@ def usable_pairs(
     return [image for image, _ in good], [mask for _, mask in good if mask], list(bad)
 
 
-# ----------------------------------------------------------------------------------------------
-# 3. Split: at random, the images of one lesion together
-# ----------------------------------------------------------------------------------------------
-
+# --- 3. Split: at random, the images of one lesion together -----------------------------------
 
 def find_same_lesions(
-    image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath],
-    *,
-    image_size: Size = IMAGE_SIZE,
-    cache: PairCache | None = None,
+    image_paths: Paths, mask_paths: Paths, *, image_size: Size = IMAGE_SIZE,
+    cache: PairCache | None = None
 ) -> list[list[str]]:
-    """Finds the images that show the same lesion, which a split must keep together.
+    """Finds the images of each lesion that occurs more than once; a split keeps them together.
 
     They may differ in light, colour, zoom and crop, and be rotated or mirrored. A lesion is sampled
     on circles around its centre. Rotation shifts the samples along the circles and mirroring
     reverses them; neither changes the magnitudes of their Fourier coefficients. Nearest neighbours
-    by magnitude are compared by the highest correlation over all rotations.
-
-    Returns:
-        The images of each lesion that occurs more than once. An image similar to more than four
-        others has a common shape and belongs to no group, nor does one that cannot be read.
+    by magnitude are compared by the highest correlation over all rotations. An image similar to
+    more than four others has a common shape and belongs to no group, nor does an unreadable one.
     """
     pairs = _zip_pairs(image_paths, mask_paths)
-    lesions = _group(pairs, _number_lesions(pairs, image_size, cache or PairCache(0)))
+    lesions = _group_lesions(pairs, image_size, cache or PairCache(0))
     return [[image for image, _ in lesion] for lesion in lesions if len(lesion) > 1]
 
 
-def _number_lesions(pairs: Sequence[Any], image_size: Size, cache: PairCache) -> Sequence[int]:
-    """Numbers the lesions: pairs that show the same one get the same number."""
+def _group_lesions(pairs: list[Pair], image_size: Size, cache: PairCache) -> list[list[Pair]]:
+    """Groups the pairs that show the same lesion, in the order of the first of each."""
     if len(pairs) < 2:
-        return range(len(pairs))
+        return [pairs]
     with ThreadPoolExecutor() as pool:
         sign = functools.partial(_lesion_signature, image_size, cache)
         signatures = np.stack(list(pool.map(sign, pairs)))
@@ -781,11 +633,10 @@ def _number_lesions(pairs: Sequence[Any], image_size: Size, cache: PairCache) ->
     similar = similar >= SAME_LESION
     crowded = similar.sum(1) > 4
     pair, column = np.nonzero(similar & ~crowded[:, None] & ~crowded[neighbors])
-    links = sparse.coo_array(
-        (np.ones(len(pair)), (pair, neighbors[pair, column])), (len(pairs), len(pairs))
-    )
-    numbers: list[int] = sparse.csgraph.connected_components(links, directed=False)[1].tolist()
-    return numbers
+    edges = np.ones(len(pair)), (pair, neighbors[pair, column])
+    links = sparse.coo_array(edges, (len(pairs), len(pairs)))
+    count, numbers = sparse.csgraph.connected_components(links, directed=False)
+    return [[pairs[i] for i in np.flatnonzero(numbers == number)] for number in range(count)]
 
 
 def _lesion_signature(image_size: Size, cache: PairCache, pair: Pair) -> NDArray[np.complex64]:
@@ -804,11 +655,8 @@ def _lesion_signature(image_size: Size, cache: PairCache, pair: Pair) -> NDArray
     patch = Image.fromarray(image).convert("L").crop(box)
     grey = np.asarray(patch.resize((64, 64), Image.Resampling.BILINEAR), np.float32)
     inside = ndimage.binary_erosion(grey > 20).astype(np.float32)  # neither padding nor vignette
-    fine, coarse = (
-        ndimage.gaussian_filter(grey * inside, sigma)
-        / (ndimage.gaussian_filter(inside, sigma) + 1e-3)
-        for sigma in (1, 4)
-    )
+    blur = ndimage.gaussian_filter
+    fine, coarse = (blur(grey * inside, s) / (blur(inside, s) + 1e-3) for s in (1, 4))
     radius = np.linspace(2, 31, RINGS)[:, None]
     angle = np.linspace(0, 2 * math.pi, ANGLES, endpoint=False)
     points = 31.5 + radius * np.sin(angle), 31.5 + radius * np.cos(angle)
@@ -822,69 +670,40 @@ def _similarity(signatures: Array, others: Array) -> Array:
     """The highest correlation over all rotations, mirrored or not: 1 for equal images."""
     pair = signatures, signatures.conj()
     turns = (np.fft.irfft((s * others.conj()).sum(1), ANGLES) for s in pair)
-    best: Array = ANGLES / 2 * np.maximum(*(turn.max(1) for turn in turns))
-    return best
-
-
-def _group(pairs: Sequence[Any], numbers: Sequence[int]) -> list[list[Any]]:
-    """Groups pairs by their numbers, in the order of the first of each."""
-    groups: dict[int, list[Any]] = {}
-    for pair, number in zip(pairs, numbers, strict=True):
-        groups.setdefault(number, []).append(pair)
-    return list(groups.values())
+    return np.asarray(ANGLES / 2 * np.maximum(*(turn.max(1) for turn in turns)))
 
 
 def train_val_test_split(
-    image_paths: Sequence[StrPath],
-    mask_paths: Sequence[StrPath],
-    *,
-    val_split: float = 0.2,
-    test_split: float = 0.03,
-    seed: int = 0,
-    group: bool = True,
-    image_size: Size = IMAGE_SIZE,
-    cache: PairCache | None = None,
+    image_paths: Paths, mask_paths: Paths, *, val_split: float = 0.2, test_split: float = 0.03,
+    seed: int = 0, image_size: Size = IMAGE_SIZE, cache: PairCache | None = None
 ) -> tuple[Pairs, Pairs, Pairs]:
-    """Splits pairs at random into a training, a validation and a test set.
+    """Splits pairs at random, the same way for the same seed, each pair into exactly one set.
 
-    Args:
-        image_paths: Image files.
-        mask_paths: Mask files.
-        val_split: Fraction of what the test set leaves that validates, in [0, 1).
-        test_split: Fraction that tests, in [0, 1). Counts are rounded down, but a fraction above 0
-            gets at least one lesion.
-        seed: The same seed gives the same split.
-        group: Whether images that `find_same_lesions` groups stay together.
-        image_size: Frame in which the pairs are decoded to be grouped.
-        cache: Keeps the decoded pairs.
-
-    Returns:
-        `(train, val, test)`, each `(image_paths, mask_paths)`: 2014, 503 and 77 of 2594 pairs.
-        Every pair is in exactly one set. A set that the lesions keep from its size is a warning.
-
-    Raises:
-        SegmentError: If a fraction is out of range, or no pair is left to train on.
+    `test_split` of all pairs test, and `val_split` of the rest validate, both fractions in [0, 1):
+    with the defaults 2594 pairs become 2014, 503 and 77. Counts are rounded down, but a fraction
+    above 0 gets at least one lesion. The images that `find_same_lesions` groups stay together; a
+    set that this keeps from its size is a warning.
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     _check_seed(seed)
     for name, fraction in {"val_split": val_split, "test_split": test_split}.items():
         _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
-    numbers = _number_lesions(pairs, image_size, cache or PairCache(0)) if group else None
-    rest, test = _draw(_group(pairs, numbers or range(len(pairs))), test_split, seed)
+    lesions = _group_lesions(pairs, image_size, cache or PairCache(0))
+    rest, test = _draw(lesions, test_split, seed)
     train, val = _draw(rest, val_split, seed)
     _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
 def _draw(
-    lesions: list[list[Any]], fraction: float, seed: int
-) -> tuple[list[list[Any]], list[list[Any]]]:
+    lesions: list[list[Pair]], fraction: float, seed: int
+) -> tuple[list[list[Pair]], list[list[Pair]]]:
     """Draws lesions at random until they hold a fraction of the pairs: `(rest, drawn)`."""
     pairs = sum(map(len, lesions))
-    count = max(1, math.floor(fraction * pairs + 1e-9)) if fraction else 0  # 0.29 * 100 < 29
-    wanted = max(count, min(map(len, lesions), default=0)) if count else 0
-    rest: list[list[Any]] = []
-    drawn: list[list[Any]] = []
+    count = math.floor(fraction * pairs + 1e-9)  # 0.29 * 100 < 29
+    count = max(1, count) if fraction and pairs else 0
+    wanted = max(count, min(map(len, lesions))) if count else 0
+    rest, drawn = list[list[Pair]](), list[list[Pair]]()
     for lesion in shuffle(lesions, random_state=seed):
         fits = len(lesion) <= wanted
         wanted -= fits * len(lesion)
@@ -900,14 +719,12 @@ def _check_seed(seed: int) -> None:
     _require(seed in range(2**32), f"seed is {seed}: expected a whole number from 0 to 2^32 - 1.")
 
 
-def _unzip(lesions: Sequence[Sequence[Any]]) -> Pairs:
+def _unzip(lesions: Iterable[Iterable[Pair]]) -> Pairs:
     pairs = [pair for lesion in lesions for pair in lesion]
-    return [image for image, _ in pairs], [mask for _, mask in pairs]
+    return [image for image, _ in pairs], [mask for _, mask in pairs if mask]
 
 
-# ----------------------------------------------------------------------------------------------
-# 4. Generators: batches of images and masks, augmented on demand
-# ----------------------------------------------------------------------------------------------
+# --- 4. Generators: batches of images and masks, augmented on demand --------------------------
 
 # The default cache: one budget for all generators, freed with the last of them.
 _shared: weakref.WeakValueDictionary[str, PairCache] = weakref.WeakValueDictionary()
@@ -918,63 +735,49 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
     """Loads batches for `fit`, `evaluate` and `predict`.
 
     A batch is `uint8 (N, height, width, 3)` images, followed by `uint8 (N, height, width, 1)` masks
-    if there are any. All randomness derives from `(seed, epoch, image)` and never from the order of
-    calls, since Keras loads batches ahead of time, more than it uses, and from several threads.
+    unless `mask_paths` is `None`. All randomness derives from `(seed, epoch, image)` and never from
+    the order of calls, since Keras loads batches ahead of time and from several threads.
 
     Args:
-        image_paths: Image files.
-        mask_paths: Mask files; `None` to predict without them.
-        image_size: Frame of the network.
         batch_size: Images per batch; the last batch may be shorter.
         shuffle: Whether each epoch has a new order of the images.
         augment: Whether images and masks are mirrored, rotated, zoomed, stretched and shifted
             together, and images changed in colour, gamma, contrast and sharpness.
         seed: Determines order and augmentation, together with the epoch.
-        cache: Where decoded pairs are kept. By default all generators share 2 GiB of memory: 2,048
-            pairs of 512 x 512, the size at which a frame of 256 x 256 is augmented. The remaining
-            pairs are decoded each time.
+        cache: By default all generators share 2 GiB of memory: 2,048 pairs of 512 x 512, the size
+            at which a frame of 256 x 256 is augmented.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
         workers: Threads that load batches.
-
-    Attributes:
-        epoch: Selects order and augmentation; incremented after every epoch.
-        failure: What a file raised that could not be loaded, since a backend may wrap it.
-
-    Raises:
-        SegmentError: If there is no image, the lists differ in length, or a number is out of range.
     """
 
-    image_paths: Sequence[StrPath]
-    mask_paths: Sequence[StrPath] | None = None
+    image_paths: Paths
+    mask_paths: Paths | None = None
     _: dataclasses.KW_ONLY
     image_size: Size = IMAGE_SIZE
     batch_size: int = 8
     shuffle: bool = False
     augment: bool = False
     seed: int = 0
-    cache: PairCache = dataclasses.field(
-        default_factory=lambda: _shared.setdefault("cache", PairCache())
-    )
+    cache: PairCache = None  # type: ignore[assignment]  # until __post_init__
     whole_batches: bool = False
     workers: dataclasses.InitVar[int] = 1
 
     def __post_init__(self, workers: int) -> None:
-        pairs, size = _zip_pairs(self.image_paths, self.mask_paths), self.batch_size
-        count = len(pairs)
+        super().__init__(workers=workers)
+        self.pairs = _zip_pairs(self.image_paths, self.mask_paths)
+        self.cache = self.cache or _shared.setdefault("cache", PairCache())
+        self.epoch = 0  # selects order and augmentation
+        self.failure: SegmentError | None = None  # of a file, which a backend may wrap
+        self.image_size = _check_image_size(self.image_size)
+        _check_seed(self.seed)
+        size, count = self.batch_size, len(self.pairs)
         _require(count > 0, "A generator needs at least one image, but the list is empty.")
         _require(size >= 1, f"batch_size is {size}: expected 1 or more images per batch.")
-        _check_seed(self.seed)
         whole = not self.whole_batches or size <= count
         _require(whole, f"{count} images do not make one whole batch of {size}: lower batch_size.")
-        self.image_size = _check_image_size(self.image_size)
-        self.image_paths = [image for image, _ in pairs]
-        self.mask_paths = None if self.mask_paths is None else [str(mask) for _, mask in pairs]
-        self.epoch = 0
-        self.failure: SegmentError | None = None
-        super().__init__(workers=workers)
 
     def __len__(self) -> int:
-        batches = len(self.image_paths) / self.batch_size
+        batches = len(self.pairs) / self.batch_size
         return math.floor(batches) if self.whole_batches else math.ceil(batches)
 
     def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
@@ -983,33 +786,27 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
 
     def batch_part(self, index: int, part: int = 0, parts: int = 1) -> Array:
         """The pairs of a batch, `uint8 (N, height, width, 4)`, or one of its equal parts."""
-        epoch = self.epoch
-        chosen = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        epoch, order = self.epoch, np.arange(len(self.pairs))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(order))
+        chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         try:
             return np.stack([self._load(i, epoch) for i in np.array_split(chosen, parts)[part]])
         except SegmentError as error:
             self.failure = error
             raise
 
+    def _load(self, i: int, epoch: int) -> Array:
+        if not self.augment:
+            return self.cache.load(*self.pairs[i], self.image_size)
+        # Augmentation zooms in, so it needs more pixels than the frame has.
+        twice = (2 * self.image_size[0], 2 * self.image_size[1])
+        rng = np.random.default_rng((self.seed, epoch, int(i)))
+        return _augment(self.cache.load(*self.pairs[i], twice), self.image_size, rng)
+
     def on_epoch_end(self) -> None:
         """Advances to the next order and augmentation; called by Keras."""
         self.epoch += 1
-
-    def _order(self, epoch: int) -> Array:
-        count = len(self.image_paths)
-        rng = np.random.default_rng((self.seed, epoch))
-        return rng.permutation(count) if self.shuffle else np.arange(count)
-
-    def _load(self, i: int, epoch: int) -> Array:
-        mask_path = None if self.mask_paths is None else str(self.mask_paths[i])
-        height, width = self.image_size
-        # Augmentation zooms in, so it needs more pixels than the frame has.
-        decoded = (2 * height, 2 * width) if self.augment else self.image_size
-        pair = self.cache.load(str(self.image_paths[i]), mask_path, decoded)
-        if self.augment:
-            rng = np.random.default_rng((self.seed, epoch, int(i)))
-            return _augment(pair, self.image_size, rng)
-        return pair
 
 
 create_generator = ImageGenerator  # as the original calls it
@@ -1018,13 +815,12 @@ create_generator = ImageGenerator  # as the original calls it
 def _augment(pair: Array, image_size: Size, rng: np.random.Generator) -> Array:
     """Changes the geometry of a pair and the colours of its image.
 
-    Pillow transforms a whole picture without the interpreter's lock. The nearest pixel at twice the
-    size, then the mean of four, takes half the time of interpolation. The mean of a mask in {0, 1}
-    is rounded, so a pixel is lesion where at least two of four are.
+    The nearest pixel at twice the size, then the mean of four, takes half the time of
+    interpolation. The mean of a mask is rounded, so a pixel is lesion where two of four are.
     """
-    twice = (2 * image_size[1], 2 * image_size[0])
-    affine = _random_affine((pair.shape[1], pair.shape[0]), twice, rng)
-    four_bands = Image.frombytes("CMYK", (pair.shape[1], pair.shape[0]), pair.tobytes())
+    source, twice = (pair.shape[1], pair.shape[0]), (2 * image_size[1], 2 * image_size[0])
+    affine = _random_affine(source, twice, rng)
+    four_bands = Image.frombytes("CMYK", source, pair.tobytes())
     moved = four_bands.transform(twice, Image.Transform.AFFINE, affine, Image.Resampling.NEAREST)
     pair = np.array(moved.reduce(2))
     picture = Image.fromarray(pair[..., :3]).point(_random_colors(rng))
@@ -1034,14 +830,12 @@ def _augment(pair: Array, image_size: Size, rng: np.random.Generator) -> Array:
     return pair
 
 
-def _random_affine(
-    source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator
-) -> tuple[float, ...]:
+def _random_affine(source: Size, size: Size, rng: np.random.Generator) -> tuple[float, ...]:
     """Upright or at any angle, mirrored or not, stretched by up to 12 %, zoomed by 0.75 to 2.2.
 
-    The more it zooms in, the further from the centre it may look. Maps an image of `(width,
-    height)` `source` to one of `size`, as Pillow expects it: `(a, b, c, d, e, f)`, where `(x, y)`
-    shows what was at `(ax + by + c, dx + ey + f)`.
+    The more it zooms in, the further from the centre it may look. Maps `source` to `size`, both
+    `(width, height)`, by Pillow's `(a, b, c, d, e, f)`: `(x, y)` shows what was at
+    `(ax + by + c, dx + ey + f)`.
     """
     angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.7 else 0.0
     zoom = math.exp(rng.uniform(math.log(0.75), math.log(2.2))) if rng.random() < 0.75 else 1.0
@@ -1056,10 +850,7 @@ def _random_affine(
 
 
 def _random_colors(rng: np.random.Generator) -> list[int]:
-    """A table of 3 x 256 levels: brightness, tint, gamma of 0.7 to 1.4 and contrast.
-
-    Black stays black, and so does the padding.
-    """
+    """A table of 3 x 256 levels: brightness, tint, gamma, contrast. Black and the padding stay."""
     gains = rng.uniform(0.85, 1.15) * rng.uniform(0.85, 1.15, (3, 1))
     gamma = math.exp(rng.uniform(math.log(0.7), math.log(1.4)))
     table = gains * np.linspace(0, 1, 256) ** gamma
@@ -1067,22 +858,17 @@ def _random_colors(rng: np.random.Generator) -> list[int]:
     return [int(level) for level in (255 * table).clip(0, 255).round().ravel()]
 
 
-# ----------------------------------------------------------------------------------------------
-# 5. Model: the improved UNet of Isensee et al. 2017, in two dimensions
-# ----------------------------------------------------------------------------------------------
-
+# --- 5. Model: the improved UNet of Isensee et al. 2017, in two dimensions --------------------
 
 def create_model(
-    image_size: Size = IMAGE_SIZE,
-    *,
-    num_filters: int = 16,
-    dropout: float = 0.3,
-    bfloat16: bool = False,
+    image_size: Size = IMAGE_SIZE, *, num_filters: int = 16, dropout: float = 0.3,
+    bfloat16: bool = False
 ) -> keras.Model:
     """Creates the improved UNet, uncompiled (Isensee et al. 2017, arXiv:1802.10508).
 
-    Five levels of pre-activation residual context modules on the way down, localization modules on
-    the way up; the lesion maps of the three finest levels are summed.
+    It maps images, `uint8` or float in 0..255, to probabilities. Five levels of pre-activation
+    residual context modules lead down, localization modules up; the lesion maps of the three finest
+    levels are summed. With the defaults it has 3,188,435 parameters.
 
     Args:
         image_size: Frame of the network, divisible by 16.
@@ -1091,30 +877,29 @@ def create_model(
             arXiv:1411.4280), since neighbouring pixels carry the same information.
         bfloat16: Whether to compute in bfloat16, which is faster on recent processors and GPUs;
             weights and output stay float32. With `False`, Keras' dtype policy applies.
-
-    Returns:
-        A functional model from images, `uint8` or float in 0..255, to probabilities. With the
-        defaults it has 3,188,435 parameters.
     """
     _require(num_filters >= 1, f"num_filters is {num_filters}: expected 1 or more.")
     _require(0 <= dropout < 1, f"dropout is {dropout}: expected a fraction in [0, 1).")
     inputs = keras.Input((*_check_image_size(image_size, 16), 3), name="image")
     scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
-    with _dtype_policy("mixed_bfloat16") if bfloat16 else contextlib.nullcontext():
-        lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
+    lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
     outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
-    return keras.Model(inputs, outputs, name="improved_unet")
+    model = keras.Model(inputs, outputs, name="improved_unet")
+    return _recast(model, "mixed_bfloat16") if bfloat16 else model
 
 
-@contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
-    """Sets Keras' dtype policy inside the block and restores it afterwards."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
+def _recast(model: keras.Model, dtype: str) -> keras.Model:
+    """An uncompiled copy that computes in another dtype; its ends stay float32."""
+    network = keras.Model(model.inputs, model.outputs, name=model.name)  # not compiled
+    recast = functools.partial(_recast_layer, dtype)
+    copy = keras.models.clone_model(network, clone_function=recast)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _recast_layer(dtype: str, layer: keras.Layer) -> keras.Layer:
+    is_end = isinstance(layer, (layers.Rescaling, layers.Activation))
+    return type(layer).from_config({**layer.get_config(), "dtype": "float32" if is_end else dtype})
 
 
 def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
@@ -1135,7 +920,8 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
     lesion = None
     for level in (4, 3, 2, 1):
         filters = num_filters * 2 ** (level - 1)
-        x = _upsampling_module(x, filters, f"level{level}_up")
+        x = layers.UpSampling2D(2, name=f"level{level}_up_repeat")(x)
+        x = _norm_relu(_convolution(x, filters, 3, f"level{level}_up_conv"), f"level{level}_up")
         x = layers.Concatenate(name=f"level{level}_concat")([x, skips[level - 1]])  # 2 x filters
         if level > 1:
             x = _localization_module(x, filters, f"level{level}_local")
@@ -1154,11 +940,6 @@ def _context_module(x: Tensor, filters: int, dropout: float, name: str) -> Tenso
     return layers.Add(name=f"{name}_add")([x, y])
 
 
-def _upsampling_module(x: Tensor, filters: int, name: str) -> Tensor:
-    x = layers.UpSampling2D(2, name=f"{name}_repeat")(x)
-    return _norm_relu(_convolution(x, filters, 3, f"{name}_conv"), name)
-
-
 def _localization_module(x: Tensor, filters: int, name: str) -> Tensor:
     """Recombines the features after a skip connection, then halves their number."""
     x = _norm_relu(_convolution(x, 2 * filters, 3, f"{name}1_conv"), f"{name}1")
@@ -1175,9 +956,8 @@ def _add_lesion_map(coarser: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def _convolution(x: Tensor, filters: int, kernel: int, name: str, strides: int = 1) -> Tensor:
-    return layers.Conv2D(
-        filters, kernel, strides, "same", kernel_initializer="he_normal", name=name
-    )(x)
+    options: Any = {"padding": "same", "kernel_initializer": "he_normal", "name": name}
+    return layers.Conv2D(filters, kernel, strides, **options)(x)
 
 
 def _norm_relu(x: Tensor, name: str) -> Tensor:
@@ -1190,12 +970,13 @@ def _norm_relu(x: Tensor, name: str) -> Tensor:
 def _fused_norms(model: keras.Model) -> Iterator[None]:
     """Computes instance norms by one operation of TensorFlow inside the block, on a processor.
 
-    The function is the same, and a training step in bfloat16 takes 60 to 80 % of the time. Layers
-    are their own again after the block, so nothing of this is saved or exported.
+    A training step in bfloat16 takes 60 to 80 % of the time. After the block the layers are stock
+    layers again, so nothing of this is saved or exported.
     """
     tensorflow = keras.backend.backend() == "tensorflow" and sys.modules["tensorflow"]
     fused = tensorflow and not tensorflow.config.list_physical_devices("GPU")  # XLA fuses there
-    norms = [layer for layer in model.layers if fused and _is_instance_norm(layer)]
+    chosen = layers.GroupNormalization if fused else ()
+    norms = [layer for layer in model.layers if isinstance(layer, chosen)]
     for norm in norms:
         norm.call = functools.partial(_normalize, norm)
     try:
@@ -1205,39 +986,27 @@ def _fused_norms(model: keras.Model) -> Iterator[None]:
             del norm.call
 
 
-def _is_instance_norm(layer: keras.Layer) -> bool:
-    if not isinstance(layer, layers.GroupNormalization) or len(layer.output.shape) != 4:
-        return False
-    usual = layer.axis == -1 and layer.scale and layer.center
-    return bool(usual and layer.groups == layer.output.shape[3])
-
-
 def _normalize(norm: keras.Layer, x: Tensor) -> Tensor:
     """Instance normalization by a batch normalization in which all images form one."""
     tensorflow = sys.modules["tensorflow"]
-    if tensorflow.executing_eagerly():  # many small operations gain nothing outside of a graph
+    plain = (norm.axis, norm.groups, norm.scale, norm.center) == (-1, x.shape[-1], True, True)
+    if len(x.shape) != 4 or not plain or tensorflow.executing_eagerly():  # which gains nothing
         return type(norm).call(norm, x)
     count, height, width, maps = ops.shape(x)
     scale, offset = (ops.tile(ops.cast(w, "float32"), [count]) for w in (norm.gamma, norm.beta))
     x = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, count * maps))
-    x = tensorflow.raw_ops.FusedBatchNormV3(
-        x=x, scale=scale, offset=offset, mean=[], variance=[], epsilon=norm.epsilon,
-        is_training=True,
-    ).y  # fmt: skip
+    fused = functools.partial(tensorflow.raw_ops.FusedBatchNormV3, is_training=True)
+    x = fused(x=x, scale=scale, offset=offset, mean=[], variance=[], epsilon=norm.epsilon).y
     return ops.transpose(ops.reshape(x, (height, width, count, maps)), (2, 0, 1, 3))
 
 
-# ----------------------------------------------------------------------------------------------
-# 6. Dice: per image, never pooled over a batch
-# ----------------------------------------------------------------------------------------------
-
+# --- 6. Dice: per image, never pooled over a batch --------------------------------------------
 
 @keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
 def dice_coefficient(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Dice coefficient of each image, the prediction thresholded at 0.5.
+    """Dice coefficient of each image, `float32 (N,)`, the prediction thresholded at 0.5.
 
-    Takes masks `(N, height, width, 1)` and probabilities of the same shape; returns
-    `float32 (N,)`, which is 1 where mask and prediction are both empty.
+    It is 1 where mask and prediction, both `(N, height, width, 1)`, are empty.
     """
     intersection, total = _overlap(ops.cast(y_true, "float32") > 0.5, y_pred > 0.5)
     return ops.where(total > 0, 2 * intersection / ops.maximum(total, 1), 1.0)
@@ -1248,8 +1017,7 @@ def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """Soft Dice loss of each image, `float32 (N,)` in 0..1.
 
     One pixel is added to numerator and denominator of the loss of Milletari et al. 2016
-    (arXiv:1606.04797). So an empty mask causes no division by zero, and its loss falls to 0 as the
-    prediction empties.
+    (arXiv:1606.04797). So the loss of an empty mask falls to 0 as the prediction empties.
     """
     intersection, total = _overlap(y_true, y_pred)
     return 1 - (2 * intersection + 1) / (total + 1)
@@ -1274,27 +1042,21 @@ def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
-    """Scores a binary mask against another, as the ISIC challenges do.
+    """Scores a mask against another of its shape, both in {0, 1} or bool, as the challenges do.
 
     With TP, FP, FN and TN pixels: Dice = 2 TP / (2 TP + FP + FN), Jaccard = TP / (TP + FP + FN),
     thresholded Jaccard = Jaccard, or 0 if it is below 0.65, sensitivity = TP / (TP + FN),
     specificity = TN / (TN + FP), accuracy = (TP + TN) / all. 0 / 0 counts as 1: nothing was missed.
 
-    Args:
-        truth: Mask in {0, 1} or bool, of any shape.
-        prediction: Mask of the same shape.
-
-    Returns:
-        The six scores by their names in `METRICS`.
+    Returns the six scores by their names in `METRICS`.
     """
     truth, prediction = np.asarray(truth), np.asarray(prediction)
     shapes = f"{truth.shape} and {prediction.shape}"
     same = truth.shape == prediction.shape and truth.size > 0
     _require(same, f"The masks have the shapes {shapes}: expected two equal ones.")
     for name, mask in {"truth": truth, "prediction": prediction}.items():
-        if not np.isin(mask, (0, 1)).all():
-            span = f"{mask.min()} to {mask.max()}"
-            raise SegmentError(f"The {name} holds values of {span}: expected a mask of 0 and 1.")
+        found = f"The {name} holds values of {mask.min()} to {mask.max()}"
+        _require(bool(np.isin(mask, (0, 1)).all()), f"{found}: expected a mask of 0 and 1.")
     hit = int(np.count_nonzero((truth == 1) & (prediction == 1)))
     missed, extra = int(np.count_nonzero(truth)) - hit, int(np.count_nonzero(prediction)) - hit
     rest = truth.size - hit - missed - extra
@@ -1313,103 +1075,75 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
 
 
-# ----------------------------------------------------------------------------------------------
-# 7. Training and prediction
-# ----------------------------------------------------------------------------------------------
-
+# --- 7. Training and prediction ---------------------------------------------------------------
 
 def train_model(
-    model: keras.Model,
-    train_generator: keras.utils.PyDataset,
-    val_generator: keras.utils.PyDataset | None,
-    epochs: int,
-    *,
-    learning_rate: float = 1e-3,
-    save_path: StrPath | None = None,
-    split: Sequence[Pairs] | None = None,
-    log_path: StrPath | None = None,
-    resume_path: StrPath | None = None,
-    resume: bool = True,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-    verbose: str | int = "auto",
+    model: keras.Model, train_generator: keras.utils.PyDataset,
+    val_generator: keras.utils.PyDataset | None, epochs: int, *, learning_rate: float = 1e-3,
+    save_path: StrPath | None = None, split: Sequence[Pairs] | None = None,
+    log_path: StrPath | None = None, resume_path: StrPath | None = None, resume: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (), verbose: str | int = "auto"
 ) -> keras.callbacks.History:
     """Trains a new model, or continues to train a trained one.
 
     An uncompiled model gets Adam, `dice_cross_entropy_loss`, accuracy and Dice. A loaded model
-    keeps its optimizer, and its epochs count on. The learning rate follows half a cosine, from
-    `learning_rate` in epoch 0 to nearly 0 in the last one. Afterwards, and after an interruption,
-    the model is that of the best epoch: of the highest validation Dice, of the lowest validation
-    loss if Dice is not among the metrics, or the last one if there is no validation.
+    keeps its optimizer, and its epochs count on. The learning rate follows half a cosine down to
+    nearly 0. Afterwards, and after an interruption, the model is that of the best epoch: of the
+    highest validation Dice, of the lowest validation loss if Dice is not among the metrics, or the
+    last one if there is no validation.
 
     Args:
         model: The model; changed in place.
         train_generator: Batches to train on.
         val_generator: Batches to validate on after each epoch, or `None`.
         epochs: Number of epochs, in addition to those before.
-        learning_rate: Highest learning rate.
+        learning_rate: That of the first epoch, the highest.
         save_path: `.keras` file that holds the best epoch so far.
-        split: `(train, val, test)` of `train_val_test_split`, for the record.
+        split: The split, for the record, with checksums of its files.
         log_path: CSV file with a row per epoch, those before included.
         resume_path: `.keras` checkpoint of the last epoch. If it exists, an interrupted training
             continues from it and ends with the same weights, where the backend is deterministic.
         resume: Whether to continue from the checkpoint; otherwise it is removed.
         callbacks: Further Keras callbacks, such as `TensorBoard` or `EarlyStopping`.
-        verbose: As in `keras.Model.fit`.
-
-    Returns:
-        The `History` of these epochs. The history of all epochs is in the record.
+        verbose: As in `keras.Model.fit`, whose `History` is returned. That of all epochs is in the
+            record.
     """
-    _check_training(model, (train_generator, val_generator), epochs, learning_rate)
-    _check_files_of_training(save_path, resume_path, log_path)
+    generators = [train_generator, val_generator]
+    _check_training(model, generators, epochs, learning_rate)
+    _check_training_files(save_path, resume_path, log_path)
     _compile(model)
     _record_training(model_record(model), train_generator, learning_rate, split)
     end = _count_epochs(model) + epochs
-    resumed = resume and resume_path is not None and Path(resume_path).exists()
-    if resumed:
-        _resume(model, str(resume_path))
-    elif resume_path is not None:
-        Path(resume_path).unlink(missing_ok=True)
+    resumed = resume_path is not None and _resume(model, Path(resume_path), resume)
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
     )
-    with tempfile.TemporaryDirectory() as folder:
-        best_path = Path(save_path or f"{folder}/best.keras")
-        found = resumed and save_path is not None
-        best = _BestCheckpoint(train_generator, best_path, log_path, resume_path, found)
-        try:
-            with _fused_norms(model):
-                return model.fit(
-                    train_generator, validation_data=val_generator,
-                    callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
-                    initial_epoch=_count_epochs(model), epochs=end, verbose=verbose,
-                    shuffle=False,  # the generator shuffles
-                )  # fmt: skip
-        except Exception as error:  # a backend may wrap that of a generator in its own
-            for generator in (train_generator, val_generator):
-                failure = getattr(generator, "failure", None)
-                if failure is not None:
-                    raise failure from error
-            raise
-        finally:
-            best.restore()
+    with contextlib.ExitStack() as stack:
+        resumed = resumed and save_path is not None
+        save_path = save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/best.keras"
+        best = _BestCheckpoint(train_generator, Path(save_path), log_path, resume_path, resumed)
+        stack.callback(best.restore)
+        stack.enter_context(_errors_of(generators))
+        stack.enter_context(_fused_norms(model))
+        return model.fit(
+            train_generator, validation_data=val_generator, verbose=verbose,
+            callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
+            initial_epoch=_count_epochs(model), epochs=end, shuffle=False,  # the generator shuffles
+        )  # fmt: skip
 
 
-def _check_training(
-    model: keras.Model, generators: Iterable[Any], epochs: int, learning_rate: float
-) -> None:
+def _check_training(model: keras.Model, generators: list[Any], epochs: int, rate: float) -> None:
     _require(epochs >= 1, f"epochs is {epochs}: expected 1 or more.")
-    positive = 0 < learning_rate < math.inf
-    _require(positive, f"learning_rate is {learning_rate}: expected a number above 0.")
+    valid = 0 < rate < math.inf
+    _require(valid, f"learning_rate is {rate}: expected a number above 0.")
     for generator in generators:
         if isinstance(generator, ImageGenerator):  # users may pass another PyDataset
             _check_frame(model, generator)
-            _masks_of(generator)
+            _require(generator.mask_paths is not None, NEEDS_MASKS)
             generator.failure = None
 
 
-def _check_files_of_training(
-    save_path: StrPath | None, resume_path: StrPath | None, log_path: StrPath | None
-) -> None:  # fmt: skip
+def _check_training_files(save_path: Any, resume_path: Any, log_path: Any) -> None:
     for path, suffix in ((save_path, ".keras"), (resume_path, ".keras"), (log_path, "")):
         if path is not None:
             _check_file_to_write(path, suffix)
@@ -1420,18 +1154,21 @@ def _check_files_of_training(
 
 
 def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
-    frame = tuple(model.input_shape[1:3])
-    _require(
-        frame == generator.image_size,
-        f"The model takes images of {frame}, but the generator makes {generator.image_size}: "
-        "create both with the same image_size.",
-    )
+    frame, size = tuple(model.input_shape[1:3]), generator.image_size
+    _require(frame == size, f"The model takes images of {frame}, but the generator makes {size}: "
+             "create both with the same image_size.")
 
 
-def _masks_of(generator: ImageGenerator) -> Sequence[StrPath]:
-    if generator.mask_paths is None:
-        raise SegmentError("This needs masks: create the generator with mask_paths.")
-    return generator.mask_paths
+@contextlib.contextmanager
+def _errors_of(generators: Iterable[Any]) -> Iterator[None]:
+    """Raises the error of a generator itself, which a backend may wrap in its own."""
+    try:
+        yield
+    except Exception as error:
+        for generator in generators:
+            if failure := getattr(generator, "failure", None):
+                raise failure from error
+        raise
 
 
 def _compile(model: keras.Model) -> None:
@@ -1439,11 +1176,8 @@ def _compile(model: keras.Model) -> None:
         schedule = isinstance(model.optimizer.get_config().get("learning_rate"), dict)
         _require(not schedule, "The optimizer has a learning rate schedule: give it a number.")
         return
-    model.compile(
-        optimizer=keras.optimizers.Adam(),
-        loss=dice_cross_entropy_loss,
-        metrics=[keras.metrics.BinaryAccuracy(name="accuracy"), dice_coefficient],
-    )
+    metrics = [keras.metrics.BinaryAccuracy(name="accuracy"), dice_coefficient]
+    model.compile(keras.optimizers.Adam(), dice_cross_entropy_loss, metrics=metrics)
 
 
 def _record_training(
@@ -1455,43 +1189,39 @@ def _record_training(
         record.origin["seed"], record.batch_size = generator.seed, generator.batch_size
     if split is not None:
         record.split = _split_ids(split)
+        for i, kind in enumerate(("images", "masks")):
+            paths = sorted(path for part in split for path in part[i])
+            content = b"".join(map(_digest, paths))
+            record.origin[f"sha256_of_{kind}"] = hashlib.sha256(content).hexdigest()
 
 
 def _count_epochs(model: keras.Model) -> int:
     return len(model_record(model).history.get("loss", ()))
 
 
-def _resume(model: keras.Model, path: str) -> None:
-    """Loads weights, optimizer and record of an interrupted training."""
+def _resume(model: keras.Model, path: Path, resume: bool) -> bool:
+    """Loads weights, optimizer and record of an interrupted training, if there is one."""
+    if not resume:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return False
     before, record = model_record(_load_same_network(path, model)), model_record(model)
-    old, new = _fingerprint(before), _fingerprint(record)
-    changed = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
-    _require(
-        not changed,
-        f"{path} is the checkpoint of a training with another {_shorten(changed)}: give the images "
-        "and options of the interrupted training, or start from scratch.",
-    )
+    facts = ("batch_size", "learning_rate", "seed", "sha256_of_images", "sha256_of_masks", "split")
+    old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
+    known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]
+    changed = [fact for fact in known if old[fact] != new[fact]]
+    _require(not changed, f"{path} is the checkpoint of a training with another "
+             f"{_shorten(changed)}: give its images and options, or start from scratch.")
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     before.origin |= record.origin
     model.record = before
-
-
-def _fingerprint(record: ModelRecord) -> dict[str, Any]:
-    """What must be equal to resume a training, as far as it is known."""
-    names = ("seed", "learning_rate", "sha256_of_images", "sha256_of_masks")
-    known = {name: record.origin[name] for name in names if name in record.origin}
-    split = {"split": record.split} if record.split else {}
-    return {**known, **split, "batch_size": record.batch_size}
+    return True
 
 
 @dataclasses.dataclass(eq=False)
 class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
-    """Records every epoch, and keeps the best and the last one in files.
-
-    Unlike `keras.callbacks.ModelCheckpoint`, `BackupAndRestore` and `CSVLogger`, it replaces whole
-    files, stores the record in them, and restores the best epoch.
-    """
+    """Keeps the best and the last epoch in whole files, record included; restores the best one."""
 
     train_generator: Any
     path: Path
@@ -1526,11 +1256,8 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
         """Records the epoch, and saves it if it is the best."""
         logs = {name: float(value) for name, value in (logs or {}).items()}
         loss = logs["loss"] + logs.get("val_loss", 0.0)
-        _require(
-            math.isfinite(loss),
-            f"The loss became {loss} in epoch {epoch + 1}, where training stopped: try a learning "
-            f"rate below {logs['learning_rate']:g}.",
-        )
+        _require(math.isfinite(loss), f"The loss became {loss} in epoch {epoch + 1}, where "
+                 f"training stopped: try a learning rate below {logs['learning_rate']:g}.")
         history = model_record(self.model).history
         for name, value in logs.items():
             history.setdefault(name, []).append(value)
@@ -1543,13 +1270,11 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _write_log(self) -> None:
         history, count = model_record(self.model).history, _count_epochs(self.model)
-        if self.log_path is None or not history:
-            return
-        # A curve that began in a later epoch is empty before it.
-        columns: dict[str, list[Any]] = {"epoch": list(range(count))}
-        columns |= {name: [""] * (count - len(curve)) + curve for name, curve in history.items()}
-        rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
-        _write_text(Path(self.log_path), _table(rows))
+        if self.log_path is not None and history:
+            # A curve that began in a later epoch is empty before it.
+            curves = {name: [""] * (count - len(curve)) + curve for name, curve in history.items()}
+            rows = ({name: curve[i] for name, curve in curves.items()} for i in range(count))
+            _write_table(Path(self.log_path), [{"epoch": i, **row} for i, row in enumerate(rows)])
 
     def _save_best(self, score: float) -> None:
         save_model(self.model, self.path)
@@ -1571,30 +1296,16 @@ def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 class Predictions(np.ndarray[Any, np.dtype[Any]]):
-    """Probabilities that remember how their model thresholds them.
-
-    Attributes:
-        threshold: The threshold.
-        one_region: Whether one region without holes is kept.
-    """
-
-    threshold: float
-    one_region: bool
+    """Probabilities that remember how masks are made of them: `threshold` and `one_region`."""
 
     def __array_finalize__(self, source: Any) -> None:
         self.threshold = getattr(source, "threshold", 0.5)
         self.one_region = getattr(source, "one_region", True)
 
 
-def _remember(
-    probabilities: Array, threshold: float | None = None, one_region: bool | None = None
-) -> Predictions:
-    """A view of probabilities with another threshold or rule; `None` keeps what they remember."""
-    view = np.asanyarray(probabilities).view(Predictions)
-    if threshold is not None:
-        view.threshold = _check_threshold(threshold)
-    if one_region is not None:
-        view.one_region = one_region
+def _remember(probabilities: Array, threshold: float, one_region: bool) -> Predictions:
+    view = probabilities.view(Predictions)
+    view.threshold, view.one_region = _check_threshold(threshold), one_region
     return view
 
 
@@ -1604,54 +1315,31 @@ def _check_threshold(threshold: float) -> float:
     return threshold
 
 
-def predict(
-    model: keras.Model,
-    generator: ImageGenerator,
-    *,
-    mirror: bool | None = None,
-    one_region: bool | None = None,
-    verbose: int = 1,
-) -> Predictions:
-    """Predicts every image of a generator, in their order and without augmentation.
-
-    Args:
-        model: A trained model.
-        generator: The images.
-        mirror: Whether to average the predictions of the four flips of each image (test-time
-            augmentation); `None` for the setting in the record.
-        one_region: Whether a mask of these predictions is one region without holes, as ISIC masks
-            are: the most certain one. `None` for the setting in the record.
-        verbose: 1 for a progress bar.
-
-    Returns:
-        Probabilities that remember the threshold of the record and `one_region`, which `results`
-        and `restore_masks` apply.
-    """
-    each = predict_each(model, generator, mirror=mirror, one_region=one_region, verbose=verbose)
-    first = next(each)
-    return _remember(np.stack([first, *each]), first.threshold, first.one_region)
+def predict(model: keras.Model, generator: ImageGenerator, **settings: Any) -> Predictions:
+    """Predicts every image of a generator with the settings of `predict_each`."""
+    first, *others = predict_each(model, generator, **settings)
+    return _remember(np.stack([first, *others]), first.threshold, first.one_region)
 
 
 def predict_each(
-    model: keras.Model,
-    generator: ImageGenerator,
-    *,
-    mirror: bool | None = None,
-    one_region: bool | None = None,
-    verbose: int = 1,
+    model: keras.Model, generator: ImageGenerator, *, mirror: bool | None = None,
+    one_region: bool | None = None, threshold: float | None = None, verbose: int = 1
 ) -> Iterator[Predictions]:
-    """Predicts as `predict` does, and yields `float32 (height, width, 1)` for each image.
+    """Yields `float32 (height, width, 1)` for each image, in their order and not augmented.
 
-    A batch is predicted while the next one loads, so memory does not grow with the images, and
-    `results` scores while the next ones are predicted.
+    A setting that is `None` is that of the record. The probabilities remember threshold and one
+    region for `results` and `restore_masks`. A batch is predicted while the next one loads.
     """
     _check_frame(model, generator)
     record = model_record(model)
-    flips = ((), (2,), (1,), (1, 2)) if (record.mirror if mirror is None else mirror) else ((),)
+    mirror = record.mirror if mirror is None else mirror
     one_region = record.one_region if one_region is None else one_region
-    images = dataclasses.replace(
-        generator, shuffle=False, augment=False, whole_batches=False, workers=1
-    )
+    threshold = record.threshold if threshold is None else threshold
+    images = dataclasses.replace(generator, shuffle=False, augment=False, whole_batches=False,
+                                 workers=1)
+    size = images.batch_size
+    if keras.distribution.distribution() is None:  # no devices that need equal parts
+        size = min(size, len(images.pairs))
     progress = keras.utils.Progbar(len(images), verbose=verbose, unit_name="batch")
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(images.batch_part, 0)
@@ -1659,38 +1347,30 @@ def predict_each(
             batch = ahead.result()[..., :3]
             if index + 1 < len(images):
                 ahead = pool.submit(images.batch_part, index + 1)
-            lesions = _predict_batch(model, _fill_batch(batch, images), flips)
+            # Filled up, so that no other batch size has to be compiled.
+            full = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            lesions = _predict_batch(model, full, mirror)
             progress.add(1)
             for lesion in lesions[: len(batch)]:
-                yield _remember(lesion, record.threshold, one_region)
+                yield _remember(lesion, threshold, one_region)
 
 
-def _fill_batch(batch: Array, generator: ImageGenerator) -> Array:
-    """Fills up the last batch, so that no other batch size has to be compiled."""
-    wanted = generator.batch_size
-    if keras.distribution.distribution() is None:  # no devices that need equal parts
-        wanted = min(wanted, len(generator.image_paths))
-    return np.pad(batch, ((0, wanted - len(batch)), (0, 0), (0, 0), (0, 0)))
-
-
-def _predict_batch(model: keras.Model, images: Array, flips: Sequence[tuple[int, ...]]) -> Array:
-    """The mean probabilities of all flips, flipped back."""
+def _predict_batch(model: keras.Model, images: Array, mirror: bool) -> Array:
+    """The probabilities of images, or their means over four flips, flipped back."""
+    flips = ((), (2,), (1,), (1, 2)) if mirror else ((),)
     views = np.concatenate([np.flip(images, axes) for axes in flips])  # (flips * N, H, W, 3)
     with _fused_norms(model), _each_host_alone():
         # Each device of a TensorFlow strategy returns the whole batch.
         lesions = model.predict_on_batch(views)[: len(views)]
-    lesions = lesions.reshape(len(flips), *images.shape[:3], 1)
+    lesions = np.split(lesions, len(flips))
     back = [np.flip(lesion, axes) for lesion, axes in zip(lesions, flips, strict=True)]
     return np.asarray(sum(back) / len(back))
 
 
-def _threshold(
-    prediction: Predictions, size: Size, shape: Size | None = None
-) -> NDArray[np.bool_]:  # fmt: skip
+def _threshold(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
     """Makes a mask of probabilities `(H, W, 1)`; every mask of the project is made here.
 
-    The letterbox of an image of `size` is cropped, resized to `shape` (by default `size`) and
-    thresholded. Then one region is kept.
+    It is that of an image of `size`, made at the resolution `shape`, by default `size`.
     """
     height, width = shape or size
     inside = Image.fromarray(np.ascontiguousarray(_crop(prediction, size)[..., 0], np.float32))
@@ -1705,11 +1385,9 @@ def _crop(frame: Array, size: Size) -> Array:
     return frame[top : top + height, left : left + width]
 
 
-def _one_region(margin: Array, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Keeps the region with the highest sum of margins above the threshold, and fills its holes.
-
-    So a dark, clear lesion outweighs a larger stretch of skin that barely exceeds the threshold.
-    """
+def _one_region(margin: Array, mask: Mask) -> Mask:
+    """Keeps the region with the highest sum of margins above the threshold, and fills its holes."""
+    # So a dark, clear lesion outweighs a larger stretch of skin that barely exceeds the threshold.
     regions, count = ndimage.label(mask)
     if count > 1:
         weights = ndimage.sum_labels(margin, regions, range(1, count + 1))
@@ -1720,43 +1398,37 @@ def _one_region(margin: Array, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
     """Chooses the threshold with the highest mean Dice, for `save_model`.
 
-    Masks are made as `results` makes them, at the original resolution or, if that is larger, with
-    512 pixels on the long side.
-
-    Args:
-        generator: Images and masks that the model was not trained on, not shuffled.
-        predictions: What `predict` returned for them.
-
-    Returns:
-        A threshold of 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
+    Takes images and masks that the model was not trained on, and what `predict` returned for them.
+    Masks are made as `results` makes them, but with at most 512 pixels on the long side. The choice
+    is 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
     """
+    _require(generator.mask_paths is not None, NEEDS_MASKS)
     _check_predictions(generator, predictions)
     thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
-    choices = [_remember(predictions, threshold) for threshold in thresholds]
-
-    def score(i: int) -> list[float]:
-        size = _size_of(generator.image_paths[i])
-        scale = min(1, 512 / max(size))
-        shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-        truth = load_segmented_image(_masks_of(generator)[i], shape)[..., 0]
-        masks = (_threshold(choice[i], size, shape) for choice in choices)
-        return [score_masks(truth, mask)["dice"] for mask in masks]
-
+    score = functools.partial(_dice_by_threshold, thresholds)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        dice = np.mean(list(pool.map(score, range(len(predictions)))), axis=0)
-    return thresholds[int(np.argmax(dice))]
+        dice = list(pool.map(score, generator.pairs, predictions.view(Predictions)))
+    return thresholds[int(np.argmax(np.mean(dice, axis=0)))]
 
 
-def estimate_dice(predictions: Array, *, threshold: float | None = None) -> NDArray[np.float64]:
+def _dice_by_threshold(choices: Sequence[float], pair: Pair, lesion: Predictions) -> list[float]:
+    size = _size_of(pair[0])
+    scale = min(1, 512 / max(size))
+    shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    truth = load_segmented_image(str(pair[1]), shape)[..., 0]
+    lesions = (_remember(lesion, choice, lesion.one_region) for choice in choices)
+    return [score_masks(truth, _threshold(lesion, size, shape))["dice"] for lesion in lesions]
+
+
+def estimate_dice(predictions: Array) -> NDArray[np.float64]:
     """Estimates the Dice coefficient of each image without its mask, `float64 (N,)`.
 
     The estimate is the soft Dice of the predicted mask and its probabilities, less
     `OUTLINE_DOUBT / sqrt(fraction)` for a mask that covers a fraction of the frame: the same
-    outline error costs a small lesion more. It is 0 for an empty mask. With `None`, the threshold
-    is that of the predictions.
+    outline error costs a small lesion more. It is 0 for an empty mask.
     """
     estimates = np.zeros(len(predictions))
-    for i, prediction in enumerate(_remember(predictions, threshold)):
+    for i, prediction in enumerate(predictions.view(Predictions)):
         mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
         if mask.any():
             lesion = np.asarray(prediction, np.float64)[..., 0]
@@ -1775,53 +1447,40 @@ def describe_device() -> str:
 def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
     """Shares each batch of the models created and used inside the block among several devices.
 
-    These are GPUs if there are any, otherwise processors, by `tf.distribute.MirroredStrategy` or
-    JAX's `keras.distribution.DataParallel`. Losses equal those of one device with the same batches,
-    to rounding. Generators need a `batch_size` that the number of devices divides, and
-    `whole_batches`. One device changes nothing.
+    These are GPUs if there are any, otherwise processors, with TensorFlow or JAX. Losses equal
+    those of one device to rounding. Generators need `whole_batches` that their number divides.
 
-    With JAX several hosts may train one model. Each runs the same program with the variables
-    `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` of
+    With JAX several hosts may train one model. Each runs the same program with the variables of
     `keras.distribution.initialize`, enters this block before anything is computed, and loads its
-    part of every batch. `devices` counts those of all hosts; all save at the same time, each to its
-    own file.
+    part of every batch. `devices` counts those of all hosts; each saves to a file of its own.
     """
     backend = keras.backend.backend()
-    together = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
-    _require(not together or backend == "jax", f"Several hosts need JAX, but this is {backend}.")
-    if together and not sys.modules["jax"].distributed.is_initialized():
+    hosts = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
+    _require(not hosts or backend == "jax", f"Several hosts need JAX, but this is {backend}.")
+    if hosts and not sys.modules["jax"].distributed.is_initialized():
         try:
             keras.distribution.initialize()
         except (ValueError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
-            raise SegmentError(
-                f"The hosts cannot connect ({reason}): correct KERAS_DISTRIBUTION_JOB_ADDRESSES, "
-                "_NUM_PROCESSES and _PROCESS_ID, or unset them."
-            ) from error
-    if devices == 1 and not together:
+            what = "The hosts cannot connect ({}): correct or unset KERAS_DISTRIBUTION_*."
+            raise SegmentError(what.format(str(error).split("\n")[0])) from error
+    if devices == 1 and not hosts:
         return contextlib.nullcontext()
     found = keras.distribution.list_devices() if backend in ("tensorflow", "jax") else []
-    _require(
-        1 < devices <= len(found) and (not together or devices == len(found)),
-        f"{devices} devices were requested, but {backend} can share batches among {len(found)} "
-        f"({_shorten(found)}): request {'all' if together else 'fewer'}.",
-    )
+    enough = 1 < devices <= len(found) and (not hosts or devices == len(found))
+    _require(enough, f"{devices} devices were requested, but {backend} can share batches among "
+             f"{len(found)} ({_shorten(found)}): request {'all' if hosts else 'fewer'}.")
     if backend == "tensorflow":
         strategy = sys.modules["tensorflow"].distribute.MirroredStrategy(found[:devices])
     else:
-        strategy = keras.distribution.DataParallel(
-            devices=found[:devices], auto_shard_dataset=False
-        )
-    scope: contextlib.AbstractContextManager[Any] = strategy.scope()
-    return scope
+        parallel = functools.partial(keras.distribution.DataParallel, auto_shard_dataset=False)
+        strategy = parallel(devices=found[:devices])
+    return strategy.scope()  # type: ignore[no-any-return]
 
 
 def _this_host() -> tuple[int, int]:
     """The number of this host, and the number of hosts."""
-    if keras.backend.backend() != "jax":
-        return 0, 1
-    jax = sys.modules["jax"]
-    return jax.process_index(), jax.process_count()
+    jax = sys.modules["jax"] if keras.backend.backend() == "jax" else None
+    return (jax.process_index(), jax.process_count()) if jax else (0, 1)
 
 
 @contextlib.contextmanager
@@ -1837,21 +1496,14 @@ def _each_host_alone() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Makes TensorFlow or PyTorch use only deterministic algorithms.
-
-    JAX is deterministic on the CPU; on a GPU it needs `--xla_gpu_deterministic_ops` in `XLA_FLAGS`.
-    Seeds are set by `keras.utils.set_random_seed`.
-    """
-    backend = sys.modules[keras.backend.backend()]
+    """Makes TensorFlow or PyTorch deterministic; JAX has a flag, `--xla_gpu_deterministic_ops`."""
     if keras.backend.backend() == "tensorflow":
-        backend.config.experimental.enable_op_determinism()
+        sys.modules["tensorflow"].config.experimental.enable_op_determinism()
     elif keras.backend.backend() == "torch":
-        backend.use_deterministic_algorithms(True)
+        sys.modules["torch"].use_deterministic_algorithms(True)
 
 
-# ----------------------------------------------------------------------------------------------
-# 8. Saving: network and record in one .keras file
-# ----------------------------------------------------------------------------------------------
+# --- 8. Saving: network and record in one .keras file -----------------------------------------
 
 RECORD_MEMBER = "segment.json"  # inside the .keras file, which is a zip archive; Keras ignores it
 RECORD_FORMAT = 2
@@ -1861,26 +1513,19 @@ RECORD_FORMAT = 2
 class ModelRecord:
     """What a model file holds besides the network, so that evaluation needs nothing else.
 
-    Attributes:
-        split: Ids of the images under `"train"`, `"val"` and `"test"`.
-        threshold: Threshold of the masks.
-        mirror: Whether `predict` averages the four flips.
-        one_region: Whether a mask is one region without holes.
-        batch_size: Images per batch in training.
-        history: A value per epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on.
-        origin: How the model was trained: options, versions, checksums of the data.
-        geometry: How images are fitted into the frame.
-        format: Version of the record.
+    `split` has the ids of the images under `"train"`, `"val"` and `"test"`, `history` a value per
+    epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on, and `origin` how the model was
+    trained: options, versions, checksums of the data.
     """
 
     split: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     threshold: float = 0.5
     mirror: bool = True
     one_region: bool = True
-    batch_size: int = 8
+    batch_size: int = 8  # in training
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
-    geometry: str = "letterbox"
+    geometry: str = "letterbox"  # how images are fitted into the frame
     format: int = RECORD_FORMAT
 
 
@@ -1888,75 +1533,46 @@ def model_record(model: keras.Model) -> ModelRecord:
     """Returns the record of a model; a new model gets a default one."""
     if not isinstance(getattr(model, "record", None), ModelRecord):
         model.record = ModelRecord()
-    record: ModelRecord = model.record
-    return record
+    return model.record  # type: ignore[no-any-return]
 
 
 def save_model(
-    model: keras.Model,
-    path: StrPath,
-    *,
-    split: Sequence[Pairs] | None = None,
-    threshold: float | None = None,
-    mirror: bool | None = None,
-    one_region: bool | None = None,
-    optimizer: bool = True,
+    model: keras.Model, path: StrPath, *, split: Sequence[Pairs] | None = None,
+    threshold: float | None = None, mirror: bool | None = None, one_region: bool | None = None,
+    optimizer: bool = True
 ) -> None:
     """Saves a model and its record in one `.keras` file, which is never incomplete.
 
-    Args:
-        model: The model.
-        path: File name that ends in `.keras`; folders are created, an existing file is replaced.
-        split: `(train, val, test)` of `train_val_test_split`, for the record. This and the next
-            three stay as they are in the record if they are `None`.
-        threshold: Threshold of the masks.
-        mirror: Whether `predict` averages the four flips.
-        one_region: Whether a mask is one region without holes.
-        optimizer: Whether to save the optimizer, which further training needs. Without it the file
-            is a third as large and computes in float32.
+    Split, threshold, mirror and one region go into the record; what is `None` stays as it is there.
+    Without the optimizer, which further training needs, the file is a third as large and computes
+    in float32.
     """
     _check_file_to_write(path, ".keras")
     record = model_record(model)
-    if split is not None:
-        record.split = _split_ids(split)
-    if threshold is not None:
-        record.threshold = _check_threshold(threshold)
+    record.split = record.split if split is None else _split_ids(split)
+    record.threshold = record.threshold if threshold is None else _check_threshold(threshold)
     record.mirror = record.mirror if mirror is None else mirror
     record.one_region = record.one_region if one_region is None else one_region
     with _written_whole(path) as temporary:
-        (model if optimizer else _float32_copy(model)).save(temporary)
+        (model if optimizer else _recast(model, "float32")).save(temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(RECORD_MEMBER, json.dumps(dataclasses.asdict(record), indent=1))
-
-
-def _float32_copy(model: keras.Model) -> keras.Model:
-    """An uncompiled copy whose layers compute in float32."""
-
-    def in_float32(layer: keras.Layer) -> keras.Layer:
-        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
-
-    network = keras.Model(model.inputs, model.outputs, name=model.name)  # not compiled
-    copy = keras.models.clone_model(network, clone_function=in_float32)
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     """Loads a model that `save_model` wrote, by default the pretrained one.
 
     Nothing in the file is executed (Keras' safe mode). The model is compiled as it was saved; a
-    plain Keras file gets a default record.
-
-    Raises:
-        SegmentError: If there is no such file, it is damaged, or it is not a segmentation model.
+    plain Keras file gets a default record. A damaged file or another kind of model is an error.
     """
     what = "is a folder" if Path(path).is_dir() else "there is no such file"
     _require(Path(path).is_file(), f"{path}: {what}; give a model file that save_model wrote.")
     whole = Path(path).suffix == ".keras" and zipfile.is_zipfile(path)
     _require(whole, f"{path}: not a .keras file, or truncated; give one that save_model wrote.")
     try:
-        _check_declared_size(path)
-        record = _read_record(path)
+        with zipfile.ZipFile(path) as archive:
+            _check_declared_size(path, archive)
+            record = _read_record(path, archive)
         model = keras.saving.load_model(path, safe_mode=True)
         model.record = record
         shapes = model.input_shape, model.output_shape
@@ -1965,23 +1581,19 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     except Exception as error:  # a file from elsewhere can fail in any way
         reason = str(error).strip().split("\n")[0]
         raise SegmentError(f"{path}: not a whole, safe Keras 3 model file ({reason}).") from error
-    if shapes[0][3:] != (3,) or shapes[1] != (*shapes[0][:3], 1) or None in shapes[0][1:]:
-        raise SegmentError(
-            f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
-            "(None, height, width, 1), as create_model makes it."
-        )
+    fits = shapes[0][3:] == (3,) and shapes[1] == (*shapes[0][:3], 1) and None not in shapes[0][1:]
+    _require(fits, f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
+             "(None, height, width, 1), as create_model makes it.")
     return model
 
 
-def _check_declared_size(path: StrPath) -> None:
+def _check_declared_size(path: StrPath, archive: zipfile.ZipFile) -> None:
     """Refuses a file that declares far more than it has bytes for, before memory is taken."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-        _require(
-            size <= 2 * os.path.getsize(path) + 2**24,
-            f"{path} would unpack to {size} bytes, far more than it has: do not trust it.",
-        )
-        config = json.loads(archive.read("config.json"))
+    size = sum(member.file_size for member in archive.infolist())
+    far_more = size > 2 * os.path.getsize(path) + 2**24
+    _require(not far_more, f"{path} would unpack to {size} bytes, far more than it has: do not "
+             "trust it.")
+    config = json.loads(archive.read("config.json"))
     config.pop("compile_config", None)
     with ThreadPoolExecutor(1) as pool:  # Keras' scope without memory belongs to a thread
         count = pool.submit(_count_parameters, config).result()
@@ -1994,46 +1606,33 @@ def _count_parameters(config: dict[str, Any]) -> int:
         return int(keras.saving.deserialize_keras_object(config).count_params())
 
 
-def _read_record(path: StrPath) -> ModelRecord:
-    with zipfile.ZipFile(path) as archive:
-        if RECORD_MEMBER not in archive.namelist():
-            return ModelRecord()
-        fields = json.loads(archive.read(RECORD_MEMBER))
-    if fields["format"] > RECORD_FORMAT or fields["geometry"] != "letterbox":
-        raise SegmentError(
-            f"{path} was written by a newer version (format {fields['format']}, geometry "
-            f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py."
-        )
+def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
+    if RECORD_MEMBER not in archive.namelist():
+        return ModelRecord()
+    fields = json.loads(archive.read(RECORD_MEMBER))
+    known = fields["format"] <= RECORD_FORMAT and fields["geometry"] == "letterbox"
+    _require(known, f"{path} was written by a newer version (format {fields['format']}, geometry "
+             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py.")
     if fields["format"] == 1:  # held file names rather than ids, and settings among the options
-        options = fields.get("origin", {}).get("options", {})
-        settings = ("mirror", "one_region", "batch_size")
-        fields = {**{name: options[name] for name in settings if name in options}, **fields}
-        split = {part: list(map(image_id, names)) for part, names in fields["split"].items()}
-        fields["split"] = split
-    # Values of another type fail here rather than where they are used.
-    record = ModelRecord(
-        split={part: [str(id_) for id_ in ids] for part, ids in fields["split"].items()},
-        threshold=float(fields["threshold"]),
-        mirror=fields.get("mirror", True),
-        one_region=fields.get("one_region", True),
-        batch_size=int(fields.get("batch_size", 8)),
-        history={name: list(map(float, curve)) for name, curve in fields["history"].items()},
-        origin=dict(fields.get("origin", {})),
-    )
-    lengths = [len(curve) for curve in record.history.values()]
-    valid = 0 < record.threshold < 1 and record.batch_size in range(1, 2**16)
-    valid = valid and {type(record.mirror), type(record.one_region)} == {bool}
-    valid = valid and all(0 < length <= len(record.history["loss"]) for length in lengths)
+        fields = {**fields.get("origin", {}).get("options", {}), **fields}
+        split = fields["split"].items()
+        fields["split"] = {part: list(map(image_id, names)) for part, names in split}
+    defaults = dataclasses.asdict(ModelRecord())
+    values = {name: fields.get(name, default) for name, default in defaults.items()}
+    curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
+    valid = (
+        all(type(values[name]) is type(default) for name, default in defaults.items())
+        and all(isinstance(id_, str) for id_ in ids)
+        and all(isinstance(value, float) for curve in curves for value in curve)
+        and all(0 < len(curve) <= len(values["history"]["loss"]) for curve in curves)
+        and 0 < values["threshold"] < 1 and values["batch_size"] in range(1, 2**16)
+    )  # fmt: skip
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
-    return record
+    return ModelRecord(**{**values, "format": RECORD_FORMAT})
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:
-    """Loads the weights of a model file into a model, which may have another frame.
-
-    Raises:
-        SegmentError: If the file cannot be loaded, or holds another network.
-    """
+    """Loads the weights of a model file into a model, which may have another frame."""
     model.set_weights(_load_same_network(path, model).get_weights())
 
 
@@ -2049,101 +1648,64 @@ def _split_ids(split: Sequence[Pairs]) -> dict[str, list[str]]:
     return {name: [image_id(image) for image in images] for name, (images, _) in parts}
 
 
-def stored_test_split(
-    model: keras.Model, image_paths: Sequence[StrPath], mask_paths: Sequence[StrPath]
-) -> Pairs:
-    """Returns the test set that was held out when the model was trained, in its order.
-
-    Raises:
-        SegmentError: If the record has no test set, or part of it is not among the images.
-    """
+def stored_test_split(model: keras.Model, image_paths: Paths, mask_paths: Paths) -> Pairs:
+    """Returns the test set that was held out when the model was trained, in its order."""
     ids = model_record(model).split.get("test", [])
     _require(bool(ids), "The model file names no test set: score every image (with --all).")
-    found = {image_id(image): (image, mask) for image, mask in _zip_pairs(image_paths, mask_paths)}
+    found = {image_id(pair[0]): pair for pair in _zip_pairs(image_paths, mask_paths)}
     missing = [id_ for id_ in ids if id_ not in found]
-    _require(
-        not missing,
-        f"This is not the folder that the model was trained on: {len(missing)} of its {len(ids)} "
-        f"test images are not among the {len(found)} images ({_shorten(missing)}). Give that "
-        "folder, or score every image of this one (with --all).",
-    )
+    _require(not missing, f"{len(missing)} of its {len(ids)} test images are not among the "
+             f"{len(found)} images ({_shorten(missing)}): give the folder on which the model was "
+             "trained, or score every image of this one (with --all).")
     return _unzip([[found[id_] for id_ in ids]])
 
 
-def image_ids_seen(model: keras.Model, image_paths: Sequence[StrPath]) -> list[str]:
+def image_ids_seen(model: keras.Model, image_paths: Paths) -> list[str]:
     """Returns the ids of the images that the model was trained or validated on, in order."""
     split = model_record(model).split
     seen = {*split.get("train", ()), *split.get("val", ())}
     return [id_ for id_ in map(image_id, image_paths) if id_ in seen]
 
 
-# ----------------------------------------------------------------------------------------------
-# 9. Results: every image at its original resolution, numbers first, then figures
-# ----------------------------------------------------------------------------------------------
+# --- 9. Results: every image at its original resolution, numbers first, then figures ----------
 
-
-def restore_masks(
-    generator: ImageGenerator, predictions: Array, *, threshold: float | None = None
-) -> Iterator[NDArray[np.bool_]]:
-    """Yields masks, `bool (height, width)` at the original resolution, one at a time.
-
-    Args:
-        generator: The images that were predicted.
-        predictions: What `predict` returned.
-        threshold: The threshold; `None` for that of the predictions.
-    """
+def restore_masks(generator: ImageGenerator, predictions: Array) -> Iterator[Mask]:
+    """Yields masks of `predictions`, `bool (height, width)` at the original resolution."""
     _check_predictions(generator, predictions)
-    lesions = _remember(predictions, threshold)
-    for path, prediction in zip(generator.image_paths, lesions, strict=True):
-        yield _threshold(prediction, _size_of(path))
+    for (path, _), lesion in zip(generator.pairs, predictions.view(Predictions), strict=True):
+        yield _threshold(lesion, _size_of(path))
 
 
 def _check_predictions(generator: ImageGenerator, predictions: Array | Iterator[Array]) -> None:
-    expected = (len(generator.image_paths), *generator.image_size, 1)
-    shape = predictions.shape if isinstance(predictions, np.ndarray) else expected
-    _require(
-        shape == expected,
-        f"Predictions of shape {shape} do not belong to this generator, which gives {expected}: "
-        "predict with it.",
-    )
-    _require(not generator.shuffle, "The order of a generator that shuffles is unknown: use "
-             "shuffle=False.")  # fmt: skip
+    expected = (len(generator.pairs), *generator.image_size, 1)
+    shape = getattr(predictions, "shape", expected)
+    what = f"Predictions of shape {shape} do not belong to this generator, which gives {expected}"
+    _require(shape == expected, f"{what}: predict with it.")
+    _require(not generator.shuffle, "The order of shuffled images is unknown: use shuffle=False.")
 
 
 def results(
-    test_generator: ImageGenerator,
-    predictions: Array | Iterator[Array],
-    *,
-    num_imgs: int = 4,
-    threshold: float | None = None,
-    history: Mapping[str, Sequence[float]] | None = None,
-    output_dir: StrPath | None = None,
-    notes: Mapping[str, Any] | None = None,
+    test_generator: ImageGenerator, predictions: Array | Iterator[Array], *, num_imgs: int = 4,
+    history: Mapping[str, Sequence[float]] | None = None, output_dir: StrPath | None = None,
+    notes: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """Scores each image at its original resolution; prints, plots and writes the results.
 
-    Prints a summary with the worst images. Plots the first `num_imgs` images with target and
-    prediction, the `num_imgs` worst ones with both outlines, the histogram of Dice, and the
-    learning curves. A notebook shows the figures. Images without masks get an estimate instead of
-    scores, and an outline in `overlays/`.
+    Plots the first `num_imgs` images with target and prediction, the `num_imgs` worst ones with
+    both outlines, the histogram of Dice, and the learning curves. A notebook shows the figures.
+    Images without masks get an estimate instead of scores, and an outline in `overlays/`.
 
     Args:
         test_generator: The images, not shuffled, with or without masks.
         predictions: What `predict` or `predict_each` returned.
         num_imgs: Number of images in each of the two figures.
-        threshold: The threshold; `None` for that of the predictions.
         history: `model_record(model).history`, for the learning curves.
         output_dir: Folder for `scores.csv` (a row per image, full precision), `summary.json`, the
             figures (PNG, 20 images each) and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
 
     Returns:
-        For each image its `"id"`, the scores in `METRICS` if it has a mask, and
-        `"estimated_dice"`.
-
-    Raises:
-        SegmentError: If a file cannot be loaded or written, a mask is not of its image's size, or
-            the predictions do not belong to the generator.
+        For each image its `"id"`, the `METRICS` if it has a mask, and `"estimated_dice"`.
     """
     _check_predictions(test_generator, predictions)
     output = None if output_dir is None else Path(output_dir)
@@ -2151,7 +1713,7 @@ def results(
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
-    lesions = (_remember(prediction, threshold) for prediction in predictions)
+    lesions = (np.asanyarray(prediction).view(Predictions) for prediction in predictions)
     scores, drawn = [], dict[int, Predictions]()
     for i, (score, lesion) in enumerate(_score_each(test_generator, lesions, output)):
         scores.append(score)
@@ -2162,12 +1724,15 @@ def results(
     summary = {"threshold": lesion.threshold, **(notes or {}), **summarize(scores)}
     print(_report(summary))
     if output:
-        _write_text(output / "scores.csv", _table(scores))
-        _write_text(output / "summary.json", json.dumps(summary, indent=1))
+        _write_table(output / "scores.csv", scores)
+        with _written_whole(output / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    ipython = sys.modules.get("IPython")
     for name, figure in _figures(test_generator, drawn, scores, num_imgs, history):
         if output:
             save_figure(figure, output / f"{name}.png")
-        _show(figure)
+        if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
+            ipython.display.display(figure)
     return scores
 
 
@@ -2175,65 +1740,54 @@ def _score_each(
     generator: ImageGenerator, predictions: Iterator[Predictions], output: Path | None
 ) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """Scores predictions as they arrive, one on each processor; at most 64 wait."""
-    masks: Sequence[StrPath | None] = generator.mask_paths or [None] * len(generator.image_paths)
-    waiting: list[tuple[Future[dict[str, Any]], Predictions]] = []
+    waiting: deque[tuple[Future[dict[str, Any]], Predictions]] = deque()
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for image, mask, prediction in itertools.zip_longest(
-            generator.image_paths, masks, predictions
-        ):
-            shape = np.shape(prediction)
-            _require(
-                image is not None and shape == (*generator.image_size, 1),
-                f"These predictions, too few, too many or of shape {shape}, do not belong to this "
-                f"generator of {len(masks)} images of {generator.image_size}: predict with it, and "
-                "use them once.",
-            )
-            score = pool.submit(_score_image, prediction, str(image), mask, output)
-            waiting.append((score, prediction))
+        for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
+            shape, size = np.shape(prediction), generator.image_size
+            belongs = pair is not None and shape == (*size, 1)
+            _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not "
+                     f"belong to this generator of {len(generator.pairs)} images of {size}: "
+                     "predict with it, and use them once.")
+            waiting.append((pool.submit(_score_image, prediction, pair, output), prediction))
             if len(waiting) > 64:
-                score, prediction = waiting.pop(0)
+                score, prediction = waiting.popleft()
                 yield score.result(), prediction
         yield from ((score.result(), prediction) for score, prediction in waiting)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _score_image(
-    prediction: Predictions, image_path: str, mask_path: StrPath | None, output: Path | None
-) -> dict[str, Any]:
+def _score_image(prediction: Predictions, pair: Pair, output: Path | None) -> dict[str, Any]:
+    image_path, mask_path = pair
     mask = _threshold(prediction, _size_of(image_path))
     scores: dict[str, Any] = {"id": image_id(image_path)}
     if mask_path is not None:
-        _check_same_size(image_path, str(mask_path))
+        _check_same_size(image_path, mask_path)
         scores |= score_masks(load_segmented_image(mask_path, None)[..., 0], mask)
     if output is not None:
-        with _written_whole(output / "masks" / f"{scores['id']}_segmentation.png") as temporary:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
+        _save_image(mask * np.uint8(255), output / "masks" / f"{scores['id']}_segmentation.png")
     if output is not None and mask_path is None:
-        _write_overlay(mask, image_path, output / "overlays" / f"{scores['id']}_overlay.jpg")
+        width = 1 + max(mask.shape) // 400
+        overlay = load_input_image(image_path, None).copy()
+        overlay[mask & ~ndimage.binary_erosion(mask, iterations=width)] = (255, 0, 255)
+        _save_image(overlay, output / "overlays" / f"{scores['id']}_overlay.jpg")
     (estimate,) = estimate_dice(prediction[None])
     return {**scores, "estimated_dice": float(estimate)}
 
 
-def _write_overlay(mask: NDArray[np.bool_], image_path: str, path: Path) -> None:
-    """Writes the image at its original resolution with the predicted outline."""
-    picture = load_input_image(image_path, None).copy()
-    width = 1 + max(mask.shape) // 400
-    picture[mask & ~ndimage.binary_erosion(mask, iterations=width)] = (255, 0, 255)
+def _save_image(image: Array, path: Path) -> None:
     with _written_whole(path) as temporary:
-        Image.fromarray(picture).save(temporary, quality=90)
+        Image.fromarray(image).save(temporary, quality=90)
 
 
 def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarizes the scores that `results` returned, beyond their mean.
 
-    Returns:
-        `{"images": count, "doubtful": {id: estimated Dice}}` of the ten lowest estimates, and for
-        each score `{"mean", "median", "std", "p10", "min"}`. With masks also `"worst": {id: Dice}`
-        of the ten lowest, the number of `"failures"`, `"estimate_rank_correlation"` (Spearman's,
-        with Dice) and `"estimate_roc_auc"` (how well the estimate separates failures from
-        successes); both are `None` where they are undefined.
+    Returns `"images"`, the ten lowest estimates as `"doubtful": {id: estimate}`, and for each score
+    `{"mean", "median", "std", "p10", "min"}`. With masks also `"worst": {id: Dice}`, `"failures"`,
+    `"estimate_rank_correlation"` (Spearman's, with Dice) and `"estimate_roc_auc"` (how well the
+    estimate separates failures from successes), both `None` where they are undefined.
     """
     _require(len(scores) > 0, "There are no scores to summarize: score at least one image.")
     columns = {name: [score[name] for score in scores] for name in scores[0]}
@@ -2253,25 +1807,25 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         summary |= {"estimate_rank_correlation": rank, "estimate_roc_auc": auc}
     for name, values in columns.items():
         p10, median = np.percentile(values, (10, 50))
-        numbers = (np.mean(values), median, np.std(values), p10, min(values))
-        names = ("mean", "median", "std", "p10", "min")
-        summary[name] = dict(zip(names, map(float, numbers), strict=True))
+        numbers = {"mean": np.mean(values), "median": median, "std": np.std(values)}
+        numbers |= {"p10": p10, "min": min(values)}
+        summary[name] = {statistic: float(number) for statistic, number in numbers.items()}
     return summary
 
 
 def _report(summary: Mapping[str, Any]) -> str:
     """The printed summary: a table of the scores, the failures, the images to look at first."""
-    scored = "dice" in summary
+    count, scored = summary["images"], "dice" in summary
     verb = "scored" if scored else "segmented"
-    lines = [f"{summary['images']} images, each {verb} at its original resolution"]
+    lines = [f"{count} images, each {verb} at its original resolution"]
     columns = ("mean", "median", "p10", "min")
     lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in columns))
     for name in filter(summary.__contains__, (*METRICS, "estimated_dice")):
         values = "".join(f"{summary[name][column]:10.6f}" for column in columns)
         lines.append(f"{name.replace('_', ' '):20}{values}")
     if scored:
-        share = summary["failures"] / summary["images"]
-        lines.append(f"Failures (Jaccard < {JACCARD_FAILURE}): {summary['failures']} ({share:.1%})")
+        failures = summary["failures"]
+        lines.append(f"Failures (Jaccard < {JACCARD_FAILURE}): {failures} ({failures / count:.1%})")
     titles = {"worst": "Worst images by Dice", "doubtful": "Check first, by estimated Dice"}
     for name in filter(summary.__contains__, titles):
         lines.append(f"{titles[name]}:")
@@ -2279,30 +1833,18 @@ def _report(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
-
-
 def _figures(
-    generator: ImageGenerator,
-    predictions: Mapping[int, Predictions],
-    scores: Sequence[Mapping[str, Any]],
-    num_imgs: int,
-    history: Mapping[str, Sequence[float]] | None,
+    generator: ImageGenerator, predictions: Mapping[int, Predictions],
+    scores: Sequence[Mapping[str, Any]], num_imgs: int,
+    history: Mapping[str, Sequence[float]] | None
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of `results` by file name; each shows up to 20 images."""
     drawn = min(num_imgs, len(scores))
     worst = sorted(range(len(scores)), key=lambda i: _shown_score(scores[i])[1])[:drawn]
     for name, indices in (("predictions", range(drawn)), ("worst", worst)):
         for start in range(0, drawn, 20):
-            page = indices[start : start + 20]
-            figure = plot_predictions(
-                generator, predictions, scores, page, contours=name == "worst"
-            )
+            page, contours = indices[start : start + 20], name == "worst"
+            figure = plot_predictions(generator, predictions, scores, page, contours=contours)
             yield name + f"_{start + 1}" * (drawn > 20), figure
     yield "histogram", plot_dice_histogram(scores)
     if history:
@@ -2311,72 +1853,60 @@ def _figures(
 
 def _shown_score(score: Mapping[str, Any]) -> tuple[str, float]:
     """The name and value of Dice, or of its estimate for an image without a mask."""
-    if "dice" in score:
-        return "Dice", score["dice"]
-    return "estimated Dice", score["estimated_dice"]
+    name = "dice" if "dice" in score else "estimated_dice"
+    return {"dice": "Dice", "estimated_dice": "estimated Dice"}[name], score[name]
 
 
 def plot_predictions(
-    generator: ImageGenerator,
-    predictions: Array | Mapping[int, Array],
-    scores: Sequence[Mapping[str, Any]],
-    indices: Sequence[int],
-    *,
-    threshold: float | None = None,
-    contours: bool = False,
+    generator: ImageGenerator, predictions: Array | Mapping[int, Array],
+    scores: Sequence[Mapping[str, Any]], indices: Sequence[int], *, contours: bool = False
 ) -> Figure:
-    """Plots input, target and prediction of the chosen images, with id and Dice.
+    """Plots input, target (if any) and prediction of the chosen images, with id and Dice.
 
-    Args:
-        generator: The images; without masks there is no target.
-        predictions: What `predict` returned, or a part of it by index.
-        scores: What `results` returned.
-        indices: The images to plot, in this order, at least one.
-        threshold: The threshold; `None` for that of the predictions.
-        contours: Whether to draw the outlines of target and prediction over the input.
+    `predictions` are what `predict` returned, or a part of it by index, and `scores` what `results`
+    returned. With `contours`, the outlines of target and prediction are drawn over the input.
     """
     _require(len(indices) > 0, "indices is empty: expected at least one image to plot.")
     columns = 2 if generator.mask_paths is None else 3
     figure, axes = _subplots(len(indices), columns, width=8, height=0.4 + 2.2 * len(indices))
     for row, i in enumerate(indices):
-        image, masks = _picture_and_masks(generator, _remember(predictions[i], threshold), i)
+        pictures = _pictures(generator, predictions[i].view(Predictions), i)
         name, value = _shown_score(scores[i])
-        titles = [scores[i]["id"], *masks]
+        titles = [scores[i]["id"], *list(pictures)[1:]]
         titles[-1] += f", {name} {value:.4f}"
         cells = axes[columns * row : columns * (row + 1)]
-        for cell, picture, title in zip(cells, (image, *masks.values()), titles, strict=True):
+        for cell, picture, title in zip(cells, pictures.values(), titles, strict=True):
             cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
             cell.set_title(title, fontsize="medium", parse_math=False)
             cell.axis("off")
         if contours:
-            _draw_contours(cells[0], masks)
+            _draw_contours(cells[0], pictures)
     if contours:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
-def _picture_and_masks(
-    generator: ImageGenerator, prediction: Predictions, i: int
-) -> tuple[Array, dict[str, Array]]:
+def _pictures(generator: ImageGenerator, prediction: Predictions, i: int) -> dict[str, Array]:
     """An image without the black bars of its frame, its target (if any) and its prediction."""
-    path, size = generator.image_paths[i], _size_of(generator.image_paths[i])
-    image = _crop(load_input_image(path, generator.image_size), size)
-    masks = {"Prediction": _threshold(prediction, size, (image.shape[0], image.shape[1]))}
-    if generator.mask_paths is not None:
-        target = load_segmented_image(generator.mask_paths[i], generator.image_size)[..., 0]
-        masks = {"Target": _crop(target, size), **masks}
-    return image, masks
+    path, mask_path = generator.pairs[i]
+    size = _size_of(path)
+    pictures = {"Input": _crop(load_input_image(path, generator.image_size), size)}
+    if mask_path is not None:
+        target = load_segmented_image(mask_path, generator.image_size)[..., 0]
+        pictures["Target"] = _crop(target, size)
+    height, width = pictures["Input"].shape[:2]
+    return {**pictures, "Prediction": _threshold(prediction, size, (height, width))}
 
 
-def _draw_contours(axes: Axes, masks: Mapping[str, Array]) -> None:
-    for name, mask in masks.items():
-        color = "lime" if name == "Target" else "magenta"
-        # A rim of background closes the outline of a lesion at the edge of the picture.
-        padded = np.pad(mask.astype(float), 1)
-        if mask.any():
-            x, y = (np.arange(side + 2) - 1 for side in mask.shape[::-1])
-            axes.contour(x, y, padded, levels=[0.5], colors=color, linewidths=1.5)
-        axes.plot([], [], color=color, label=name)
+def _draw_contours(axes: Axes, pictures: Mapping[str, Array]) -> None:
+    for name, color in {"Target": "lime", "Prediction": "magenta"}.items():
+        if name in pictures:
+            # A rim of background closes the outline of a lesion at the edge of the picture.
+            padded = np.pad(pictures[name].astype(float), 1)
+            if padded.any():
+                x, y = (np.arange(side) - 1 for side in padded.shape[::-1])
+                axes.contour(x, y, padded, levels=[0.5], colors=color, linewidths=1.5)
+            axes.plot([], [], color=color, label=name)
 
 
 def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
@@ -2395,10 +1925,7 @@ def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
-    """Plots accuracy, loss and Dice over the epochs, as far as a history has them.
-
-    Takes `model_record(model).history`, or the `history` of a Keras `History`.
-    """
+    """Plots accuracy, loss and Dice over the epochs, as far as the history of a record has them."""
     titles = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
     panels = [name for name in titles if history.get(name)]
     _require(bool(panels), "The history holds no epoch: train the model first.")
@@ -2426,39 +1953,20 @@ def save_figure(figure: Figure, path: StrPath) -> None:
 
 def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure in inches and its axes, which pyplot neither keeps nor shows."""
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
-    )
+    size = (width, height)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     plt.close(figure)
     return figure, list(axes.flat)
 
 
-def _show(figure: Figure) -> None:
-    """Shows a figure in a notebook, and nowhere else."""
-    ipython = sys.modules.get("IPython")
-    if ipython is not None and ipython.get_ipython() is not None:
-        ipython.display.display(figure)
-
-
-# ----------------------------------------------------------------------------------------------
-# 10. Drivers
-# ----------------------------------------------------------------------------------------------
-
+# --- 10. Drivers ------------------------------------------------------------------------------
 
 def run_driver(
-    steps: Callable[[Any], None],
-    options: Any,
-    *,
+    steps: Callable[[Any], None], options: Any, *,
     startup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    devices: int = 1,
+    devices: int = 1
 ) -> int:
-    """Runs the steps of a driver with its options; reports warnings and errors in a sentence.
-
-    The framework starts inside the `startup` block; `devices` are passed to `data_parallel`.
-
-    Returns:
-        The exit status: 0, 2 after bad input, 130 after Ctrl-C.
-    """
+    """Runs the steps of a driver, and returns its exit status: 0, 2 (bad input) or 130 (Ctrl-C)."""
     with contextlib.suppress(AttributeError):  # for names that the terminal cannot print
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -2473,17 +1981,15 @@ def run_driver(
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
-    except SegmentError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = _os_error_reason(error)
-    else:
-        return 0
-    print(f"Error: {reason}", file=sys.stderr)
-    return 2
+    except (SegmentError, OSError) as error:
+        print(f"Error: {_reason(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _os_error_reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
     try:
         print(flush=True)
     except OSError as cause:

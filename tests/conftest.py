@@ -35,6 +35,13 @@ def draw_lesion(size: tuple[int, int], seed: int) -> tuple[Image.Image, Image.Im
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), mask
 
 
+def with_threshold(probabilities: np.ndarray, threshold: float) -> segment.Predictions:
+    """The probabilities, to be thresholded elsewhere than at 0.5."""
+    predictions = np.array(probabilities).view(segment.Predictions)
+    predictions.threshold = threshold
+    return predictions
+
+
 @pytest.fixture
 def make_pairs(tmp_path: Path) -> MakePairs:
     """Writes `count` pairs of drawn lesions to two folders; returns their paths."""

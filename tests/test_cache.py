@@ -1,6 +1,5 @@
 """Decoded pairs in memory and in the folder of a cache."""
 
-import functools
 import gc
 import os
 import threading
@@ -27,12 +26,12 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The images and masks that are decoded, in order."""
     paths: list[str] = []
 
-    def spy(decode: Any, path: str, *arguments: Any) -> Any:
+    def spy(path: str, sizes: Any, *, mask: bool) -> Any:
         paths.append(path)
-        return decode(path, *arguments)
+        return decode(path, sizes, mask=mask)
 
-    for name in ("_decode_image", "_decode_mask"):
-        monkeypatch.setattr(segment, name, functools.partial(spy, getattr(segment, name)))
+    decode = segment._decode
+    monkeypatch.setattr(segment, "_decode", spy)
     return paths
 
 
@@ -158,13 +157,13 @@ def test_a_pair_that_two_threads_decode_at_once_is_counted_once(
     make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (image,), (mask,) = make_pairs(1)
-    both, decode = threading.Barrier(2), segment._decode_image
+    both, decode = threading.Barrier(2), segment._decode
 
-    def wait(*arguments: Any) -> list[segment.Array]:
+    def wait(path: str, sizes: Any, *, mask: bool) -> list[segment.Array]:
         both.wait(10)
-        return decode(*arguments)
+        return decode(path, sizes, mask=mask)
 
-    monkeypatch.setattr(segment, "_decode_image", wait)
+    monkeypatch.setattr(segment, "_decode", wait)
     cache = segment.PairCache(max_bytes=10**6)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(cache.load, [image] * 2, [mask] * 2, [SIZE] * 2)

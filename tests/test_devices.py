@@ -14,14 +14,19 @@ from conftest import MakePairs
 import driver_train_save_evaluate
 import segment
 
+TINY = """
+import sys
+sys.path.insert(0, "tests")
+import networks, segment
+segment.create_model = networks.tiny_network
+"""
 TRAIN = """
-import json, sys
+import json
 import keras
 if keras.backend.backend() == "tensorflow":
     from tensorflow import config
     two = [config.LogicalDeviceConfiguration()] * 2
     config.set_logical_device_configuration(config.list_physical_devices("CPU")[0], two)
-import segment
 images, masks = segment.find_image_pairs(*sys.argv[1:3])
 outcomes = []
 for devices in (1, 2):
@@ -50,7 +55,7 @@ def test_two_devices_train_and_predict_like_one(
     two = "--xla_force_host_platform_device_count=2"
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *folders, str(tmp_path / "two.keras")],
+        [sys.executable, "-c", TINY + TRAIN, *folders, str(tmp_path / "two.keras")],
         env={**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": f"{two} {quick}"},
         cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
@@ -67,14 +72,15 @@ def test_two_devices_train_and_predict_like_one(
     assert segment.load_model(tmp_path / "two.keras").input_shape == (None, 16, 16, 3)
 
 
-def test_two_hosts_train_like_one_and_only_the_first_writes(
+def test_two_hosts_train_like_one_and_write_to_folders_of_their_own(
     make_pairs: MakePairs, tmp_path: Path
 ) -> None:
     pytest.importorskip("jax")
     images, masks = make_pairs(17)  # 8 to train, 8 to validate, 1 to test on
     folders = ["--image-dir", str(Path(images[0]).parent), "--mask-dir", str(Path(masks[0]).parent)]
     size = ["--image-size", "16", "16", "--batch-size", "4", "--epochs", "2", "--val-split", "0.5"]
-    command = [sys.executable, "driver_train_save_evaluate.py", *folders, *size]
+    code = "import driver_train_save_evaluate as driver; sys.exit(driver.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", TINY + code, *folders, *size]
 
     def start(name: str, *options: str, **settings: str) -> "subprocess.Popen[str]":
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -98,7 +104,7 @@ def test_two_hosts_train_like_one_and_only_the_first_writes(
     for process in (*hosts, start("alone")):
         error = process.communicate()[1]
         assert process.returncode == 0, error
-    assert not (tmp_path / "host1").exists()
+    assert sorted(path.name for path in (tmp_path / "host1").iterdir()) == ["host1"]
     alone, both = (
         np.genfromtxt(tmp_path / name / "training.csv", delimiter=",", names=True)
         for name in ("alone", "host0")
@@ -145,9 +151,11 @@ def test_one_device_changes_nothing() -> None:
         assert scope is None
 
 
-def test_only_further_hosts_write_to_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_further_hosts_write_to_a_subfolder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_DISTRIBUTION_PROCESS_ID", "1")
     options = driver_train_save_evaluate.parse_options(["--output", "here"])
     assert options.save == str(Path("here") / "model.keras")
     monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
-    assert driver_train_save_evaluate.parse_options(["--output", "here"]).output != "here"
+    options = driver_train_save_evaluate.parse_options(["--output", "here", "--save", "a.keras"])
+    assert options.output == str(Path("here") / "host1")
+    assert options.save == str(Path("here") / "host1" / "model.keras")

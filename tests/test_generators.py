@@ -245,13 +245,13 @@ def test_paths_may_be_an_array(make_pairs: MakePairs) -> None:
 def test_images_are_decoded_once_as_far_as_the_budget_of_the_cache_suffices(
     make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch, budget: float, decodings: int
 ) -> None:
-    pairs, decode, decoded = make_pairs(5), segment._decode_image, []
+    pairs, decode, decoded = make_pairs(5), segment._decode, []
 
-    def spy(path: str, sizes: list[segment.Size | None]) -> Any:
-        decoded.append(path)
-        return decode(path, sizes)
+    def spy(path: str, sizes: Any, *, mask: bool) -> Any:
+        decoded.extend([path] * (not mask))
+        return decode(path, sizes, mask=mask)
 
-    monkeypatch.setattr(segment, "_decode_image", spy)
+    monkeypatch.setattr(segment, "_decode", spy)
     cache = segment.PairCache(int(budget * 4 * (2 * SIZE[0]) * (2 * SIZE[1])))
     batches = generator(pairs, shuffle=True, augment=True, cache=cache)
     for _ in range(3):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakePairs, draw_lesion
+from conftest import MakePairs, draw_lesion, with_threshold
 from PIL import Image, ImageOps
 
 import segment
@@ -257,7 +257,7 @@ def test_a_mask_is_thresholded_after_it_is_resized(
     ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32)[:, None], (1, 64, 1, 1))
     generator = segment.create_generator(images, image_size=(64, 64))
     for threshold in (0.25, 0.6):
-        (mask,) = segment.restore_masks(generator, ramp, threshold=threshold)
+        (mask,) = segment.restore_masks(generator, with_threshold(ramp, threshold))
         # Interpolated twofold, the ramp reaches the threshold at this column to a quarter pixel.
         assert abs((~mask[0]).sum() - 2 * (63 * threshold + 0.5)) <= 0.5
         assert (mask == mask[0]).all()

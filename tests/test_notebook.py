@@ -1,5 +1,6 @@
 """A notebook imports the module and runs the documented flow."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,14 @@ from nbformat.v4 import new_code_cell, new_notebook
 ROOT = Path(__file__).parents[1]
 
 CELLS = """\
-import segment
+import networks, segment
 pairs = segment.find_image_pairs("data/images", "data/masks")
 sizes = segment.inspect(pairs[0])
 segment.plot_image_sizes(sizes)
 ---
 split = segment.train_val_test_split(*pairs, val_split=0.25, test_split=0.25)
 train, val, test = (segment.create_generator(*part, image_size=(32, 32)) for part in split)
-model = segment.create_model((32, 32), num_filters=2)
+model = networks.tiny_network((32, 32))
 history = segment.train_model(model, train, val, epochs=1, verbose=0)
 segment.save_model(model, "unet.keras", split=split)
 ---
@@ -33,7 +34,7 @@ def test_a_notebook_runs_the_documented_flow_and_shows_its_figures(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_pairs(8)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     monkeypatch.delenv("MPLBACKEND")
     cells = [new_code_cell(cell) for cell in CELLS.split("---\n")]  # type: ignore[no-untyped-call]
     notebook = new_notebook(cells=cells)  # type: ignore[no-untyped-call]

@@ -5,7 +5,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import MakePairs
+from conftest import MakePairs, with_threshold
+from networks import tiny_network
 from PIL import Image
 from scipy import ndimage
 
@@ -50,8 +51,8 @@ def test_predictions_are_made_on_demand_and_an_unusable_image_is_named(
 ) -> None:
     images, _ = make_pairs(2)
     Path(images[1]).write_bytes(b"damaged")
-    many = segment.create_generator([images[0]] * 128 + images[1:], image_size=(16, 16))
-    unet = segment.create_model((16, 16), num_filters=1)
+    many = segment.create_generator([images[0]] * 24 + images[1:], image_size=(16, 16))
+    unet = tiny_network((16, 16))
     each = segment.predict_each(unet, many, verbose=0)
     assert next(each).shape == (16, 16, 1)
     with pytest.raises(segment.SegmentError, match=r"0000001\.\w+: cannot be read as an image"):
@@ -172,9 +173,10 @@ def test_every_step_makes_identical_masks(
     segment.choose_threshold(batches, predictions)
     chosen = list(scored)
     for i, threshold in ((0, 0.5), (4, 0.6)):
-        segment.results(batches, predictions, threshold=threshold, output_dir=tmp_path)
+        predictions = with_threshold(predictions, threshold)
+        segment.results(batches, predictions, output_dir=tmp_path)
         written = np.asarray(Image.open(tmp_path / "masks" / "ISIC_0000000_segmentation.png")) > 0
-        (restored,) = segment.restore_masks(batches, predictions, threshold=threshold)
+        (restored,) = segment.restore_masks(batches, predictions)
         assert ndimage.label(restored)[1] == ndimage.label(~restored)[1] == 1
         for mask in (chosen[i], scored[-1], written):
             np.testing.assert_array_equal(mask, restored)
@@ -199,7 +201,7 @@ def test_the_estimate_is_the_soft_dice_less_a_doubt_about_the_outline() -> None:
     doubt = 0.005 / 0.5**0.5
     expected = [2 * 1.7 / (2.1 + 2) - doubt, 1 - doubt, 0]
     np.testing.assert_allclose(segment.estimate_dice(predictions), expected)
-    (cut,) = segment.estimate_dice(predictions[:1], threshold=0.3)
+    (cut,) = segment.estimate_dice(with_threshold(predictions[:1], 0.3))
     assert cut == pytest.approx(2 * 2.1 / (2.1 + 3) - 0.005 / 0.75**0.5)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakePairs
+from conftest import MakePairs, with_threshold
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -115,7 +115,8 @@ def test_the_summary_is_printed_with_the_worst_first(
 
 def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_path: Path) -> None:
     generator, predictions = prepare(make_pairs)
-    scores = segment.results(generator, predictions, output_dir=tmp_path / "out", threshold=0.4)
+    predictions = with_threshold(predictions, 0.4)
+    scores = segment.results(generator, predictions, output_dir=tmp_path / "out")
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert ",".join(header) == (
@@ -259,14 +260,13 @@ def test_every_step_applies_the_threshold(make_pairs: MakePairs, tmp_path: Path)
     predictions = 0.2 + 0.6 * np.tile(np.linspace(0, 1, 64)[:, None], (1, 64, 1, 1))
     areas = []
     for threshold in (0.35, 0.65):
-        (score,) = segment.results(
-            generator, predictions, threshold=threshold, output_dir=tmp_path
-        )  # fmt: skip
+        chosen = with_threshold(predictions, threshold)
+        (score,) = segment.results(generator, chosen, output_dir=tmp_path)
         written = np.asarray(Image.open(tmp_path / "masks" / f"{score['id']}_segmentation.png"))
         assert generator.mask_paths is not None
         truth = segment.load_segmented_image(generator.mask_paths[0], None)[..., 0]
         assert segment.score_masks(truth, written // 255)["dice"] == score["dice"]
-        figure = segment.plot_predictions(generator, predictions, [score], [0], threshold=threshold)
+        figure = segment.plot_predictions(generator, chosen, [score], [0])
         shown = np.asarray(figure.axes[2].images[0].get_array())
         areas.append((written.mean() / 255, shown.mean()))
     np.testing.assert_allclose(areas, [(0.75, 0.75), (0.25, 0.25)], atol=0.02)
@@ -339,8 +339,6 @@ def test_predictions_of_another_generator_are_refused(make_pairs: MakePairs) -> 
     for others in (predictions[:2], predictions[[0, 1, 2, 2]], predictions[:, :32]):
         with pytest.raises(segment.SegmentError, match="too few, too many or of shape"):
             segment.results(generator, iter(others))
-    with pytest.raises(segment.SegmentError, match=r"threshold is 0: expected"):
-        segment.results(generator, predictions, threshold=0)
     generator.shuffle = True
     with pytest.raises(segment.SegmentError, match="use shuffle=False"):
         segment.results(generator, predictions)

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from networks import tiny_network
 
 import segment
 
@@ -22,7 +23,7 @@ SPLIT = ((["x/a.jpg", "x/b.jpg"], ["a", "b"]), (["x/c.jpg"], ["c"]), (["x/d.jpg"
 
 def small_model() -> keras.Model:
     keras.utils.set_random_seed(0)
-    return segment.create_model((16, 32), num_filters=2)
+    return tiny_network((16, 32), num_filters=2)
 
 
 def images() -> np.ndarray:
@@ -220,12 +221,12 @@ def test_a_model_with_a_large_metric_is_saved_and_loaded(tmp_path: Path) -> None
 
 def test_load_weights_takes_another_frame_but_not_another_network(tmp_path: Path) -> None:
     segment.save_model(small_model(), tmp_path / "m.keras")
-    larger = segment.create_model((32, 48), num_filters=2)
+    larger = tiny_network((32, 48), num_filters=2)
     segment.load_weights(larger, tmp_path / "m.keras")
     for one, other in zip(larger.get_weights(), small_model().get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(segment.SegmentError, match=r"m\.keras holds another network"):
-        segment.load_weights(segment.create_model((16, 32), num_filters=3), tmp_path / "m.keras")
+        segment.load_weights(tiny_network((16, 32), num_filters=3), tmp_path / "m.keras")
 
 
 def test_only_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -242,12 +243,15 @@ def test_only_temporary_files_of_killed_processes_are_removed(tmp_path: Path) ->
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_without_the_optimizer_a_file_is_small_and_float32(tmp_path: Path, policy: str) -> None:
-    with segment._dtype_policy(policy):
-        model = segment.create_model((16, 32), num_filters=2)
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = tiny_network((16, 32), num_filters=2)
         segment._compile(model)
         model.optimizer.build(model.trainable_variables)
         segment.save_model(model, tmp_path / "whole.keras", split=SPLIT)
         segment.save_model(model, tmp_path / "bare.keras", optimizer=False)
+    finally:
+        keras.config.set_dtype_policy("float32")
     assert model.get_layer("level1_conv").compute_dtype == policy.removeprefix("mixed_")
     bare = segment.load_model(tmp_path / "bare.keras")
     assert not bare.compiled

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import MakePairs
+from networks import tiny_network
 
 import segment
 
@@ -26,7 +27,7 @@ def generators(make_pairs: MakePairs) -> tuple[segment.ImageGenerator, segment.I
 
 def new_model() -> keras.Model:
     keras.utils.set_random_seed(1)
-    return segment.create_model(SIZE, num_filters=2)
+    return tiny_network(SIZE, num_filters=2)
 
 
 def test_an_uncompiled_model_is_trained_and_every_epoch_recorded(
@@ -53,7 +54,7 @@ def test_the_learning_rate_falls_along_a_half_cosine(make_pairs: MakePairs) -> N
 
 def test_training_lowers_the_loss(make_pairs: MakePairs) -> None:
     losses = segment.train_model(
-        new_model(), *generators(make_pairs), 8, learning_rate=0.02, verbose=0
+        new_model(), *generators(make_pairs), 12, learning_rate=0.1, verbose=0
     ).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -134,7 +135,7 @@ def test_a_first_save_that_fails_never_brings_back_an_older_file(
 ) -> None:
     train, val = generators(make_pairs)
     path = tmp_path / "old.keras"
-    old = segment.create_model(SIZE, num_filters=2)
+    old = tiny_network(SIZE, num_filters=2)
     segment.save_model(old, path)
 
     def disk_full(*_: Any, **__: Any) -> None:
@@ -187,7 +188,7 @@ def test_invalid_arguments_and_another_frame_are_refused(make_pairs: MakePairs) 
         segment.train_model(new_model(), train, val, 0)
     with pytest.raises(segment.SegmentError, match="learning_rate is -1: expected"):
         segment.train_model(new_model(), train, val, 1, learning_rate=-1)
-    small = segment.create_model((16, 16), num_filters=1)
+    small = tiny_network((16, 16), num_filters=1)
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
         segment.predict(small, val)
     with pytest.raises(segment.SegmentError, match=r"takes images of \(16, 16\).*\(32, 32\)"):
@@ -335,7 +336,7 @@ def test_resume_refuses_another_split_seed_or_network(
         train_from(folder, make_pairs, split=other)
     with pytest.raises(segment.SegmentError, match=f"{checkpoint} seed: give"):
         train_from(folder, make_pairs, seed=1, split=split)
-    wide = segment.create_model(SIZE, num_filters=3)
+    wide = tiny_network(SIZE, num_filters=3)
     with pytest.raises(segment.SegmentError, match=r"last\.keras holds another network"):
         train_from(folder, make_pairs, model=wide)
     assert (folder / "last.keras").read_bytes() == before
@@ -347,10 +348,10 @@ def test_resuming_without_the_best_epoch_is_an_error(
 ) -> None:
     best, last = tmp_path / "best.keras", tmp_path / "last.keras"
     train = segment.create_generator(*make_pairs(2), image_size=(16, 16))
-    model = segment.create_model((16, 16), num_filters=1)
+    model = tiny_network((16, 16), num_filters=1)
     segment.train_model(model, train, None, 1, save_path=best, resume_path=last, verbose=0)
     best.write_bytes(content) if content else best.unlink()
-    again = segment.create_model((16, 16), num_filters=1)
+    again = tiny_network((16, 16), num_filters=1)
     with pytest.raises(segment.SegmentError, match=r"best\.keras"):
         segment.train_model(again, train, None, 2, save_path=best, resume_path=last, verbose=0)
 
@@ -359,7 +360,7 @@ def test_best_and_last_epoch_need_two_files(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = segment.create_generator(*make_pairs(1), image_size=(16, 16))
-    model = segment.create_model((16, 16), num_filters=1)
+    model = tiny_network((16, 16), num_filters=1)
     monkeypatch.chdir(tmp_path)
     absolute, relative = str(tmp_path / "one.keras"), "one.keras"
     for best, last in ((absolute, absolute), (absolute, relative), (relative, absolute)):
