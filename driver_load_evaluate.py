@@ -29,7 +29,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--all", action="store_true", help="score every pair, not only the held-out test set")
     add("--subset", type=positive_int, metavar="N", help="use only the first N images")
     add("--batch-size", type=positive_int, metavar="N", help="images per batch (as in training)")
-    add("--skip-bad", action="store_true", help="leave out pairs with unusable files")
+    add("--skip-bad", action="store_true", help="leave out files that are unusable or unpaired")
+    add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
     add("--inspect", action="store_true", help="count and plot the image sizes")
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, help="average the predictions of the four flips (as in training)")
@@ -66,9 +67,11 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
     # 1. Load the file names of the images and masks
     if options.mask_dir is None:
-        images, masks = segment.find_images(options.image_dir), list[str]()
+        images, masks, unpaired = segment.find_images(options.image_dir), list[str](), []
     else:
-        images, masks = segment.find_image_pairs(options.image_dir, options.mask_dir)
+        folders = options.image_dir, options.mask_dir
+        images, masks = segment.find_image_pairs(*folders, skip_bad=options.skip_bad)
+        unpaired = segment.unpaired_files(*folders)
     print(f"{len(images)} images in {options.image_dir}")
 
     if options.inspect:
@@ -87,10 +90,14 @@ def load_evaluate(options: argparse.Namespace) -> None:
         print(f"Evaluating the {len(images)} test images held out in training")
 
     # 5. Check the files, which decodes each once, and predict
-    frame = {"image_size": model.input_shape[1:3], "cache": segment.PairCache()}
-    images, masks, left_out = segment.usable_pairs(
+    cache = segment.PairCache(fit_masks=options.fit_masks)
+    frame = {"image_size": model.input_shape[1:3], "cache": cache}
+    images, masks, findings = segment.usable_pairs(
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
-        image_sizes=[frame["image_size"]], cache=frame["cache"], verbose=int(sys.stdout.isatty()))
+        image_sizes=[frame["image_size"]], cache=cache, findings=unpaired,
+        output_dir=output, verbose=int(sys.stdout.isatty()))
+    left_out = [finding.path for finding in findings if finding.severity == "error"]
+    resized = sum(finding.kind == "resized masks" for finding in findings)
     seen = segment.image_ids_seen(model, images) if masks else []
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
@@ -104,7 +111,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
     segment.results(
         test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
         output_dir=output, notes={"model": str(options.model or segment.PRETRAINED.name),
-                                  "images_used_in_training": len(seen), "left_out": left_out})
+                                  "images_used_in_training": len(seen), "left_out": left_out,
+                                  "resized_masks": resized})
     print(f"Scores, figures and masks are in {output}")
 
 

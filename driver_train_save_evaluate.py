@@ -26,7 +26,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--image-dir", metavar="DIR", help="images (default: the sample)")
     add("--mask-dir", metavar="DIR", help="their masks (default: those of the sample)")
     add("--subset", type=positive_int, metavar="N", help="use only the first N pairs")
-    add("--skip-bad", action="store_true", help="leave out pairs with unusable files")
+    add("--skip-bad", action="store_true", help="leave out files that are unusable or unpaired")
+    add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
     add("--inspect", action="store_true", help="count and plot the image sizes")
     add("--val-split", type=float, default=0.2, metavar="PART", help="to validate (%(default)s)")
     add("--test-split", type=float, metavar="PART", help="to test (0.03; sample: 0.2)")
@@ -100,15 +101,19 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     if options.deterministic:
         segment.make_deterministic()
     output, (height, width) = Path(options.output), options.image_size
-    cache = segment.PairCache(0, options.cache) if options.cache else segment.PairCache()
+    memory = 0 if options.cache else 2**31
+    cache = segment.PairCache(memory, options.cache, fit_masks=options.fit_masks)
 
     # 1. Load the file names of the images and masks, and check the files. Each is decoded once,
     # into the frame and into twice the frame, from which augmentation zooms in
-    images, masks = segment.find_image_pairs(options.image_dir, options.mask_dir)
+    folders = options.image_dir, options.mask_dir
+    images, masks = segment.find_image_pairs(*folders, skip_bad=options.skip_bad)
     twice = (2 * height, 2 * width)
-    images, masks, left_out = segment.usable_pairs(
+    images, masks, findings = segment.usable_pairs(
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad, cache=cache,
-        image_sizes=[twice, (height, width)], verbose=int(sys.stdout.isatty()))
+        image_sizes=[twice, (height, width)], training=True, output_dir=output,
+        findings=segment.unpaired_files(*folders), verbose=int(sys.stdout.isatty()))
+    left_out = [finding.path for finding in findings if finding.severity == "error"]
     print(f"{len(images)} pairs in {options.image_dir}")
 
     if options.inspect:

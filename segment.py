@@ -70,15 +70,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter, ImageOps
+from PIL.JpegImagePlugin import jpeg_factory
 from scipy import ndimage, sparse, stats
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import shuffle
 
 __all__ = [  # noqa: RUF022, in the order of the sections
-    "SegmentError", "image_id", "find_image_pairs", "find_images", "letterbox", "load_input_image",
-    "load_segmented_image", "PairCache", "inspect", "plot_image_sizes", "check_pairs",
-    "usable_pairs", "find_same_lesions", "train_val_test_split", "create_generator",
+    "SegmentError", "image_id", "find_image_pairs", "unpaired_files", "find_images", "letterbox",
+    "load_input_image", "load_segmented_image", "PairCache", "inspect", "plot_image_sizes",
+    "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split", "create_generator",
     "create_model", "METRICS", "dice_coefficient", "dice_loss", "dice_cross_entropy_loss",
     "score_masks", "train_model", "predict", "predict_each", "choose_threshold", "estimate_dice",
     "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
@@ -88,9 +89,13 @@ __all__ = [  # noqa: RUF022, in the order of the sections
 ]  # fmt: skip
 
 IMAGE_SIZE = (256, 256)  # as in the original system
-IMAGE_NAME = r"(?is)(?!\.).*(?<!_superpixels)\.(jpe?g|png|bmp|tiff?)"
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # all that is decoded; MPO belongs to JPEG
-MAX_PIXELS = 2**26  # of an image file; the largest ISIC images have half of that
+IMAGE_NAME = r"(?is)(?!\.).*\.(jpe?g|jpe|jfif|png|bmp|tiff?|webp)"
+OTHER_IMAGE = r"(?i)[^.].*(\.(hei[cf]|avif|gif|dcm|jp2|j2k|dng|nef|cr2|arw|svg|psd|tga|p[bgpn]m))"
+MASK_NAME = r"(?i)([_.-](masks?|seg|segmentation|lesion|gt|label|annotation))+$"
+RESULT_FILES = ({"scores.csv", "summary.json"}, {"training.csv", "last.keras"})  # of a run
+NO_IMAGE = r"(?i)(_superpixels|_overlay|^image_sizes|_R\d+_Label\d+)$"  # of ISIC, this program, PH2
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all that is decoded; MPO belongs to JPEG
+MAX_PIXELS = {"JPEG": 2**28, "MPO": 2**28}  # decoded at a reduced scale; of others 2**26
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
 PRETRAINED = Path(__file__).with_name("pretrained.keras")
@@ -153,9 +158,9 @@ def _written_whole(path: StrPath) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] = ()) -> None:
     with _written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(header or rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -178,61 +183,133 @@ def image_id(path: StrPath) -> str:
     """
     stem = Path(path).stem
     isic = re.match(r"ISIC_\d+", stem, re.IGNORECASE)
-    return isic[0].upper() if isic else re.sub(r"_segmentation$", "", stem, flags=re.IGNORECASE)
+    return isic[0].upper() if isic else re.sub(MASK_NAME, "", stem)
 
 
-def find_image_pairs(image_dir: StrPath, mask_dir: StrPath) -> Pairs:
-    """Finds the images of a folder and the mask of each, sorted by id.
+class Finding(NamedTuple):
+    """What is unusable (severity `"error"`) or unusual (`"warning"`) about a file."""
 
-    Takes the ISIC 2016, 2017 and 2018 folders as they are unpacked, and plain folders in which
-    image and mask share a stem. Superpixels, other files and hidden files are ignored. One folder
-    may hold both, as in ISIC 2016 part 3B: then the masks are the names in `_segmentation`. Ids
-    that occur twice, and images and masks without a partner are an error that counts them.
+    severity: str
+    kind: str  # a few words, the same for all files of the kind
+    path: str  # of the image, or of the mask if there is no image
+    what: str  # a sentence that names the file
+
+
+def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = False) -> Pairs:
+    """Finds the images of a folder and its subfolders and the mask of each, sorted by id.
+
+    Takes the folders of ISIC 2016 to 2018, HAM10000 and PH2 as they are unpacked, and any others in
+    which image and mask share a stem. A mask's name may end in `MASK_NAME`, as `_segmentation`; if
+    both folders are the same, it must. Superpixels, hidden files and results are ignored.
+
+    An id that occurs twice, and an image or a mask without a partner is an error, or with
+    `skip_bad` a warning; `unpaired_files` lists them.
     """
-    one_folder = Path(image_dir).resolve() == Path(mask_dir).resolve()
-    image_files = [path for path in _list_images(image_dir) if not _is_mask(path)]
-    mask_files = [path for path in _list_images(mask_dir) if _is_mask(path) or not one_folder]
-    images, masks = ({image_id(file): file for file in fs} for fs in (image_files, mask_files))
-    problems = {
-        "ids that several images share": _repeated(image_files),
-        "ids that several masks share": _repeated(mask_files),
-        "images without a mask": sorted(images.keys() - masks.keys()),
-        "masks without an image": sorted(masks.keys() - images.keys()),
-    }
-    found = [f"{len(ids)} {what} ({_shorten(ids)})" for what, ids in problems.items() if ids]
-    _require(not found, f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} "
-             f"hold {' and '.join(found)}: rename or remove these files.")
-    return [images[id_] for id_ in sorted(images)], [masks[id_] for id_ in sorted(images)]
+    pairs, findings = _pair_files(image_dir, mask_dir)
+    kinds = Counter(finding.kind for finding in findings)
+    found = [
+        f"{count} {kind} ({_shorten([f.what for f in findings if f.kind == kind])})"
+        for kind, count in kinds.items()
+    ]
+    what = f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold " \
+           f"{' and '.join(found)}"
+    _require(not found or (skip_bad and bool(pairs)), f"{what}: rename or remove these files, or "
+             "leave them out with --skip-bad (skip_bad=True).")
+    if found:
+        warnings.warn(f"left out: {' and '.join(found)}.", stacklevel=2)
+    return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+
+def unpaired_files(image_dir: StrPath, mask_dir: StrPath) -> list[Finding]:
+    """Returns the files that `find_image_pairs` leaves out, with `severity` `"error"`."""
+    with warnings.catch_warnings(action="ignore"):  # given by find_image_pairs
+        return _pair_files(image_dir, mask_dir)[1]
+
+
+UNPAIRED = {(1, 0): "images without a mask", (0, 1): "masks without an image"}  # files of one id
+
+
+def _pair_files(
+    image_dir: StrPath, mask_dir: StrPath
+) -> tuple[list[tuple[str, str]], list[Finding]]:
+    images, masks = _list_images(image_dir), _list_images(mask_dir)
+    shared = set(map(_real_path, images)) & set(map(_real_path, masks))
+    if len(shared) == len(images) == len(masks):  # one folder
+        images, masks = [p for p in images if not _is_mask(p)], [p for p in masks if _is_mask(p)]
+    elif len(shared) == len(masks):  # the inner folder owns its files
+        images = [path for path in images if _real_path(path) not in shared]
+    else:
+        masks = [path for path in masks if _real_path(path) not in shared]
+    images = [path for path in images if not _is_mask(path)] or images
+    by_id: dict[str, tuple[list[str], list[str]]] = {}
+    for i, path in [*((0, image) for image in images), *((1, mask) for mask in masks)]:
+        by_id.setdefault(image_id(path), ([], []))[i].append(path)
+    pairs, findings = list[tuple[str, str]](), list[Finding]()
+    for id_, files in sorted(by_id.items()):
+        counts = len(files[0]), len(files[1])
+        paths = [*files[0], *files[1]]
+        if counts == (1, 1):
+            pairs.append((paths[0], paths[1]))
+        elif counts in UNPAIRED:
+            findings.append(Finding("error", UNPAIRED[counts], paths[0], id_))
+        else:
+            what = f"{id_}: {' and '.join(paths)}"
+            findings.append(Finding("error", "ids that several files share", paths[0], what))
+    return pairs, findings
 
 
 def find_images(image_dir: StrPath) -> list[str]:
-    """Finds the images of a folder, sorted by name, to segment them without masks.
+    """Finds the images of a folder and its subfolders, sorted, to segment them without masks.
 
-    Masks are the names in `_segmentation`. They are ignored, as `find_image_pairs` ignores others.
+    Masks, by `MASK_NAME`, are ignored, and so are superpixels, hidden files and results.
     """
-    paths = [path for path in _list_images(image_dir) if not _is_mask(path)]
-    ids = _repeated(paths)
+    files = _list_images(image_dir)
+    paths = [path for path in files if not _is_mask(path)]
     _require(bool(paths), f"{image_dir} holds only masks: give the folder of the images.")
-    _require(not ids, f"{image_dir} holds several images of one id ({_shorten(ids)}): rename them.")
+    lost = {image_id(path) for path in files} - set(map(image_id, paths))
+    if lost:
+        names = f"{len(lost)} masks by name ({_shorten(sorted(lost))})"
+        warnings.warn(f"{image_dir}: passed over {names}.", stacklevel=2)
     return paths
 
 
 def _list_images(folder: StrPath) -> list[str]:
+    """Lists images, sorted; counts in a warning what else a user may take for one."""
     _require(Path(folder).is_dir(), f"{folder} is not a folder: give the folder of the files.")
-    files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
-    paths = [str(path) for path in files if re.fullmatch(IMAGE_NAME, path.name)]
-    _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF).")
+    paths, passed_over, walked = list[str](), Counter[str](), set[str]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        results = any(files <= {*names} for files in RESULT_FILES)
+        _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
+                 "run among its images: move them to a folder of their own.")
+        if results or os.path.realpath(parent) in walked:  # or a link in a circle
+            folders.clear()
+            continue
+        walked.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        for name in names:
+            path, other = os.path.join(parent, name), re.fullmatch(OTHER_IMAGE, name)
+            image = re.fullmatch(IMAGE_NAME, name)
+            if os.path.isfile(path) and image and not re.search(NO_IMAGE, Path(name).stem):
+                paths.append(path)
+            elif other or (image and os.path.islink(path) and not os.path.exists(path)):
+                passed_over[other[1].lower() if other else "broken links"] += 1
+    counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
+    _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
+             f"{counts and f', but {counts}: convert them to PNG'}.")
     broken = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
     _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
-    return paths
+    if counts:
+        warnings.warn(f"{folder}: passed over {counts}, which cannot be read.", stacklevel=3)
+    return sorted(paths)
+
+
+def _real_path(path: str) -> str:
+    """The path without links to its folder; the file itself may be a link."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _is_mask(path: StrPath) -> bool:
-    return Path(path).stem.lower().endswith("_segmentation")
-
-
-def _repeated(paths: Iterable[str]) -> list[str]:
-    return sorted(id_ for id_, count in Counter(map(image_id, paths)).items() if count > 1)
+    return re.search(MASK_NAME, Path(path).stem) is not None
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:
@@ -285,10 +362,16 @@ def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) ->
     return _decode(path, [image_size], mask=True)[0]
 
 
-def _decode(path: StrPath, image_sizes: Sequence[Size | None], *, mask: bool) -> list[Array]:
-    """Decodes an image or a mask once and fits it into each frame."""
+def _decode(
+    path: StrPath, image_sizes: Sequence[Size | None], *, mask: bool, fit_to: Size | None = None,
+    notes: dict[str, str] | None = None
+) -> list[Array]:
+    """Decodes an image, or a mask for an image of `fit_to`, once and fits it into each frame.
+
+    `notes` receives what is unusual about the values of a mask, by kind.
+    """
     with _open_image(path) as image:
-        size, lossy = _upright_size(image), image.format in ("JPEG", "MPO")
+        size, lossy = fit_to or _upright_size(image), image.format in ("JPEG", "MPO")
         if not mask and None not in image_sizes:
             # A JPEG is decoded at the smallest scale that has about twice the pixels needed.
             frames = [_check_image_size(frame) for frame in image_sizes if frame is not None]
@@ -297,7 +380,8 @@ def _decode(path: StrPath, image_sizes: Sequence[Size | None], *, mask: bool) ->
             image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
         image.load()  # a TIFF is upright only now
         ImageOps.exif_transpose(image, in_place=True)
-        image = _to_black_and_white(image, lossy, path) if mask else _to_rgb(image, path)
+        notes = {} if notes is None else notes
+        image = _to_black_and_white(image, lossy, path, notes) if mask else _to_rgb(image, path)
         fitted = [np.asarray(_fit(image, size, frame)) for frame in image_sizes]
     return [(levels >= 128).astype(np.uint8)[..., None] for levels in fitted] if mask else fitted
 
@@ -306,10 +390,17 @@ def _decode(path: StrPath, image_sizes: Sequence[Size | None], *, mask: bool) ->
 def _open_image(path: StrPath) -> Iterator[Image.Image]:
     """Opens an image; turns Pillow's errors into one sentence with the name of the file."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            pixels = image.width * image.height
-            size = f"{path}: has {pixels} pixels, more than the {MAX_PIXELS} of a photograph"
-            _require(pixels <= MAX_PIXELS, f"{size}: scale it down or leave it out.")
+        with open(path, "rb") as file:
+            start = file.read(12)
+        heic = start[4:8] == b"ftyp"
+        _require(not heic, f"{path}: is a HEIC or AVIF file by content: convert it to JPEG.")
+        # Image.open has a limit of 179 megapixels, for files that are decoded whole.
+        whole = functools.partial(Image.open, formats=FORMATS)
+        load: Any = jpeg_factory if start[:2] == b"\xff\xd8" else whole
+        with load(path) as image:
+            pixels, most = image.width * image.height, MAX_PIXELS.get(image.format or "", 2**26)
+            size = f"{path}: has {pixels} pixels, more than the {most} of a photograph"
+            _require(pixels <= most, f"{size}: scale it down or leave it out.")
             yield image
     except SegmentError:
         raise
@@ -320,12 +411,16 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
         raise SegmentError(f"{what}: replace the file or leave it out.") from error
 
 
-def _upright_size(image: Image.Image) -> Size:
-    """`(height, width)` after the EXIF orientation, from the header."""
+def _orientation(image: Image.Image) -> int:
     # The base class reads the header alone, where that of a PNG decodes the image. Pillow applies
     # the orientation of a TIFF itself.
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+    return int(orientation) if image.format != "TIFF" and orientation in range(1, 9) else 1
+
+
+def _upright_size(image: Image.Image) -> Size:
+    """`(height, width)` after the EXIF orientation, from the header."""
+    turned = _orientation(image) > 4
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -334,10 +429,20 @@ def _size_of(path: StrPath) -> Size:
         return _upright_size(image)
 
 
-def _check_same_size(image_path: StrPath, mask_path: StrPath) -> None:
-    size, found = (f"{h} × {w}" for h, w in map(_size_of, (image_path, mask_path)))
-    _require(size == found, f"{image_path} is {size} (height × width), but its mask {mask_path} is "
-             f"{found}: expected a mask of the size of its image.")
+def _check_same_size(image_path: StrPath, mask_path: StrPath, fit: bool = False) -> None:
+    """Refuses a mask of another size than its image, but with `fit` one that can be resized."""
+    (height, width), (rows, columns) = _size_of(image_path), _size_of(mask_path)
+    what = f"{image_path} is {height} × {width} (height × width), but its mask {mask_path} is " \
+           f"{rows} × {columns}"
+    with _open_image(image_path) as image:
+        turned = _orientation(image) > 4 and (height, width) == (columns, rows) != (rows, columns)
+    _require(not turned, f"{what}: it fits the photo only without its EXIF orientation; turn it.")
+    scaled = abs(height * columns - width * rows) <= max(height, width)
+    close = max(abs(height - rows), abs(width - columns)) <= 3
+    cause = "is off by few pixels" if close else "has another scale" if scaled else ""
+    how = f"it {cause}, which --fit-masks (PairCache(fit_masks=True)) accepts" if cause else \
+          "expected a mask of the size of its image"
+    _require((height, width) == (rows, columns) or bool(fit and cause), f"{what}: {how}.")
 
 
 def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
@@ -353,28 +458,59 @@ def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_black_and_white(image: Image.Image, lossy: bool, path: StrPath) -> Image.Image:
+def _to_black_and_white(
+    image: Image.Image, lossy: bool, path: StrPath, notes: dict[str, str]
+) -> Image.Image:
     """Returns a mask with the grey levels 0 and 255, or names the values that it holds."""
     if image.mode == "L" and not lossy and (np.asarray(image) + np.uint8(1) <= 1).all():
         return image  # as nearly all masks are: 255 + 1 is 0
+    if image.has_transparency_data:
+        return _by_alpha(image.convert("RGBA"), path, notes)
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
-    if image.mode == "P" and not np.isin(grey, (0, 255)).all():  # labels in colours
-        grey = np.asarray(image)
-    levels, counts = np.unique(grey, return_counts=True)
+    colored = False
+    if image.mode in ("P", "RGB", "CMYK") and not np.isin(grey, (0, 255)).all():
+        colors = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1)
+        colored = len(np.unique(colors)) == 2  # which may be equally bright
+        grey = colors if colored else np.asarray(image) if image.mode == "P" else grey
+    levels = np.unique(grey)
     white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
-    # A lossy mask has black, white and hardly anything in between.
-    between = counts[(levels >= 24) & (levels < 232)].sum() / counts.sum()
-    nearly = lossy and levels[0] < 24 and levels[-1] >= 232 and between < 0.01
+    # A mask with soft edges has black, white and hardly anything in between, in thin lines.
+    exact, between = np.isin(levels, (0, white)).all(), (grey >= 24) & (grey < 232)
+    soft = levels[0] < 24 and 232 <= levels[-1] <= 255 and between.mean() < 0.03
+    soft = soft and not ndimage.binary_erosion(between, np.ones((5, 5))).any()
+    if exact or soft:
+        if not exact and not (lossy and between.mean() < 0.01):
+            notes["masks with soft edges"] = "its edges are soft and are thresholded at half"
+        return Image.fromarray((grey >= white / 2).astype(np.uint8) * 255)
     values = f"{len(levels)} values ({_shorten([f'{level:g}' for level in levels])})"
-    _require(bool(nearly or np.isin(levels, (0, white)).all()), f"{path}: expected a mask of 0 and "
-             f"255 (or 0 and 1), but it has {values}: threshold it, if it is one.")
-    return Image.fromarray((grey >= white / 2).astype(np.uint8) * 255)
+    _require(len(levels) == 2, f"{path}: expected a mask of 0 and 255 (or 0 and 1), but it has "
+             f"{values}: threshold it, if it is one.")
+    high = grey == levels[1]
+    lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
+    names = [f"#{level:06x}" if colored else f"{level:g}" for level in levels]
+    which = f"{names[lesion]} is lesion, as it is rarer at the rim"
+    what = f"it holds {names[0]} and {names[1]}; {which}"
+    notes["masks of two other levels"] = what
+    return Image.fromarray((high == lesion).astype(np.uint8) * 255)
+
+
+def _by_alpha(image: Image.Image, path: StrPath, notes: dict[str, str]) -> Image.Image:
+    """The mask in the alpha channel if the colours are constant, or in the colours if alpha is."""
+    parts = {"colours": image.convert("RGB"), "alpha": image.getchannel("A")}
+    varied = {name: part for name, part in parts.items() if len(part.getcolors(2**28) or ()) > 1}
+    masks = [_to_black_and_white(part, False, path, notes) for part in varied.values()]
+    same = len({mask.tobytes() for mask in masks}) < 2
+    _require(same, f"{path}: its colours and its alpha channel hold two different masks: keep one.")
+    if [*varied] == ["alpha"]:
+        notes["masks in the alpha channel"] = "the lesion is in its alpha channel"
+    return masks[0] if masks else _to_black_and_white(parts["colours"], False, path, notes)
 
 
 def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image:
     """Resizes an image whose original size is `size` to its letterbox in a black frame."""
     if image_size is None:
-        return image
+        height, width = size
+        return image if image.size == (width, height) else image.resize((width, height))
     top, left, height, width = letterbox(size, _check_image_size(image_size))
     frame = Image.new(image.mode, (image_size[1], image_size[0]))
     # Pillow's bilinear filter covers all source pixels; to average blocks first is faster.
@@ -386,14 +522,18 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
 class PairCache:
     """Decodes each pair once and keeps it, in memory up to a budget and in a folder if asked.
 
+    With `fit_masks`, masks of another scale or off by up to 3 pixels are resized to their images.
     A pair takes 4 bytes of memory per pixel of the frame; the folder holds plain `.npy` files until
     its disk is full, and several processes may share it. A file that changed, by its length or
     modification time, is decoded again, and so is what is not kept.
     """
 
-    def __init__(self, max_bytes: int = 2**31, folder: StrPath | None = None) -> None:
-        self.bytes_left = max_bytes
+    def __init__(
+        self, max_bytes: int = 2**31, folder: StrPath | None = None, *, fit_masks: bool = False
+    ) -> None:
+        self.bytes_left, self.fit_masks = max_bytes, fit_masks
         self.folder = None if folder is None else Path(folder)
+        self.notes: dict[str, dict[str, str]] = {}  # of masks, what is unusual about their values
         self._kept: dict[str, Array] = {}
         self._lock = threading.Lock()  # of all three, which several threads change
         if self.folder is not None:
@@ -408,12 +548,16 @@ class PairCache:
             return found
         pictures = _decode(image_path, image_sizes, mask=False)
         masks = [np.zeros_like(picture[..., :1]) for picture in pictures]
+        notes: dict[str, str] = {}
         if mask_path is not None:
-            _check_same_size(image_path, mask_path)
-            masks = _decode(mask_path, image_sizes, mask=True)
+            _check_same_size(image_path, mask_path, self.fit_masks)
+            size = _size_of(image_path)
+            masks = _decode(mask_path, image_sizes, mask=True, fit_to=size, notes=notes)
+            self.notes[mask_path] = notes
         pairs = [np.concatenate(pair, axis=2) for pair in zip(pictures, masks, strict=True)]
         for name, pair in zip(names, pairs, strict=True):
-            self._write(name, pair)
+            if not notes and not self.fit_masks:  # what is unusual is found again in the next run
+                self._write(name, pair)
             self._keep(name, pair)
         return pairs[0]
 
@@ -483,14 +627,6 @@ def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
     return figure
 
 
-class Finding(NamedTuple):
-    """A finding of `check_pairs`: an `"error"` makes the pair unusable, a `"warning"` does not."""
-
-    severity: str
-    path: str  # of the image
-    what: str  # a sentence that names the file
-
-
 def check_pairs(
     image_paths: Paths, mask_paths: Paths | None = None, *,
     image_sizes: Sequence[Size] = (IMAGE_SIZE,), cache: PairCache | None = None, verbose: int = 0
@@ -498,10 +634,10 @@ def check_pairs(
     """Checks every file before a training that would fail on it an hour later.
 
     Errors are files that cannot be read, masks with other than two values, and masks of another
-    size than their image. Warnings are files whose format is not that of their suffix or whose
-    mode is unusual, duplicates, and masks that are empty, full, probably inverted, of several
-    regions or with holes, as seen in the first of the frames in which the pairs are kept. Errors
-    come first; of a pair with errors, the first one is returned.
+    size than their image. Warnings are an unexpected format or mode, further pages, duplicates,
+    masks that may lie turned, hold unusual values or were resized, and those that are empty, full,
+    probably inverted, of several regions or with holes, as seen in the first of the frames in which
+    the pairs are kept. Errors come first; of a pair with errors, the first one is returned.
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     sizes, cache = [_check_image_size(size) for size in image_sizes], cache or PairCache(0)
@@ -511,8 +647,8 @@ def check_pairs(
         for found in pool.map(functools.partial(_check_pair, sizes, cache), pairs):
             findings += found
             progress.add(1)
-    findings += _find_duplicates([(image, image) for image, _ in pairs], "image")
-    findings += _find_duplicates([(mask, image) for image, mask in pairs if mask], "mask")
+    findings += _find_duplicates([(image, image) for image, _ in pairs], "images")
+    findings += _find_duplicates([(mask, image) for image, mask in pairs if mask], "masks")
     return sorted(findings, key=lambda finding: finding.severity)
 
 
@@ -520,39 +656,57 @@ def _check_pair(image_sizes: Sequence[Size], cache: PairCache, pair: Pair) -> li
     image_path, mask_path = pair
     try:
         decoded = cache.load(image_path, mask_path, *image_sizes)
-        unusual = _unusual_file(image_path, ("RGB",))
+        findings = [(image_path, *unusual) for unusual in _unusual_file(image_path, ("RGB",))]
         if mask_path is not None:
-            unusual += _unusual_file(mask_path, ("L", "1", "P"))
-            unusual += _unusual_mask(_crop(decoded[..., 3], _size_of(image_path)), mask_path)
+            mask, modes = _crop(decoded[..., 3], _size_of(image_path)), ("L", "1", "P")
+            unusual = [*cache.notes.get(mask_path, {}).items(), *_unusual_file(mask_path, modes)]
+            unusual += [*_unusual_fit(image_path, mask_path), *_unusual_mask(mask)]
+            findings += [(mask_path, *found) for found in unusual]
     except SegmentError as error:
-        return [Finding("error", image_path, str(error))]
-    return [Finding("warning", image_path, what) for what in unusual]
+        return [Finding("error", "unusable files", image_path, str(error))]
+    return [Finding("warning", kind, image_path, f"{path}: {what}.") for path, kind, what in
+            findings]
 
 
-def _unusual_file(path: str, modes: Sequence[str]) -> list[str]:
+def _unusual_file(path: str, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields `(kind, what)` of a file."""
     expected = Image.registered_extensions().get(Path(path).suffix.lower())
     with _open_image(path) as image:
-        known = expected is None or image.format in (expected, "MPO")  # a JPEG with a preview
-        found = {
-            f"the suffix says {expected}, but the file is a {image.format}": not known,
-            f"the mode is {image.mode}, where {modes[0]} is usual": image.mode not in modes,
-        }
-    return [f"{path}: {what}." for what, unusual in found.items() if unusual]
+        if expected is not None and image.format not in (expected, "MPO"):  # a JPEG with a preview
+            yield "wrong suffixes", f"the suffix says {expected}, but the file is a {image.format}"
+        if image.mode not in modes:
+            yield f"mode {image.mode}", f"the mode is {image.mode}, where {modes[0]} is usual"
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1 and image.format != "MPO":
+            yield "files of several pages", f"it has {pages} pages, of which the first is used"
 
 
-def _unusual_mask(mask: Array, path: str) -> list[str]:
+def _unusual_fit(image_path: str, mask_path: str) -> Iterator[tuple[str, str]]:
+    (height, width), (rows, columns) = _size_of(image_path), _size_of(mask_path)
+    if (height, width) != (rows, columns):
+        yield "resized masks", f"it was resized from {rows} × {columns} to {height} × {width}"
+    with _open_image(image_path) as image, _open_image(mask_path) as mask:
+        orientation = _orientation(image)
+        if orientation != _orientation(mask) == 1 and image.size == mask.size:
+            what = f"the photo has EXIF orientation {orientation}, but its mask has none"
+            yield "orientations", f"{what} and may lie turned or mirrored on it"
+
+
+def _unusual_mask(mask: Array) -> Iterator[tuple[str, str]]:
     """What an expert would not draw, `mask` being `(height, width)` in {0, 1}."""
     rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     regions = ndimage.label(mask, np.ones((3, 3)))[1]
     holes = ndimage.label(_fill_holes(mask > 0) & (mask == 0))[1]
+    full = bool(mask.all())
     found = {
-        f"is empty at {mask.shape[0]} × {mask.shape[1]} pixels": not mask.any(),
-        "is full": bool(mask.all()),
-        "is probably inverted, since its rim is lesion": not mask.all() and rim.mean() > 0.9,
-        f"has {regions} regions": regions > 1,
-        f"has holes ({holes})": holes > 0,
+        ("empty masks", f"is empty at {mask.shape[0]} × {mask.shape[1]} pixels"): not mask.any(),
+        ("full masks", "is full"): full,
+        ("inverted masks", "is probably inverted, since its rim is lesion"):
+            not full and rim.mean() > 0.9,
+        ("masks of several regions", f"has {regions} regions"): regions > 1,
+        ("masks with holes", f"has holes ({holes})"): holes > 0,
     }
-    return [f"{path}: the mask {what}." for what, unusual in found.items() if unusual]
+    return ((kind, f"the mask {what}") for (kind, what), unusual in found.items() if unusual)
 
 
 def _fill_holes(mask: Mask) -> Mask:
@@ -567,8 +721,8 @@ def _find_duplicates(files: Sequence[tuple[str, str]], kind: str) -> Iterator[Fi
     for path, image in files:
         digest = _digest(path)
         if digest and first.setdefault(digest, path) != path:
-            what = f"{path}: a duplicate of the {kind} {first[digest]}."
-            yield Finding("warning", image, what)
+            what = f"{path}: a duplicate of the {kind[:-1]} {first[digest]}."
+            yield Finding("warning", f"duplicate {kind}", image, what)
 
 
 def _digest(path: StrPath) -> bytes:
@@ -579,25 +733,42 @@ def _digest(path: StrPath) -> bytes:
 
 
 def usable_pairs(
-    image_paths: Paths, mask_paths: Paths | None = None, *, skip_bad: bool = False, **options: Any
-) -> tuple[list[str], list[str], list[str]]:
-    """Returns `(image_paths, mask_paths, left_out)` after `check_pairs`, which takes the options.
+    image_paths: Paths, mask_paths: Paths | None = None, *, skip_bad: bool = False,
+    training: bool = False, findings: Sequence[Finding] = (), output_dir: StrPath | None = None,
+    **options: Any
+) -> tuple[list[str], list[str], list[Finding]]:
+    """Returns `(image_paths, mask_paths, findings)` after `check_pairs`, which takes the options.
 
-    What is unusual is a warning. The error for pairs that cannot be used lists all of them.
+    What is unusual is a warning, one for each kind. The error for pairs that cannot be used lists
+    all of them. In `training`, masks that are nearly all empty, full or equal are an error as well.
+    Earlier `findings` are added, and all are written to `findings.csv` in the output folder.
     """
-    findings = check_pairs(image_paths, mask_paths or None, **options)
-    bad = {finding.path: finding.what for finding in findings if finding.severity == "error"}
+    new = check_pairs(image_paths, mask_paths or None, **options)
+    findings = [*findings, *new]
+    if output_dir is not None:
+        rows = [finding._asdict() for finding in findings]
+        _write_table(Path(output_dir) / "findings.csv", rows, Finding._fields)
+    bad = {finding.path: finding.what for finding in new if finding.severity == "error"}
     listed = "".join(f"\n  {what}" for what in bad.values())
     none = len(bad) == len(image_paths)
     _require(not none, f"None of the images can be used: fix the files.{listed}")
     _require(not bad or skip_bad, f"{len(bad)} of {len(image_paths)} images cannot be used: fix "
              f"the files, or leave them out with --skip-bad (skip_bad=True).{listed}")
-    for finding in findings:
-        left_out = "left out: " if finding.severity == "error" else ""
-        warnings.warn(left_out + finding.what, stacklevel=2)
+    kinds = Counter(finding.kind for finding in new)
+    usual = len(image_paths) - 1 if training else len(image_paths) * 2
+    blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"]
+    _require(blank < max(1, 0.9 * usual), f"{blank} of {len(image_paths)} masks are empty or full: "
+             "export them again, as black and white pictures without transparency.")
+    _require(same < max(2, 0.9 * usual), f"{same + 1} of {len(image_paths)} masks are equal: "
+             "export the mask of each image.")
+    for kind, count in kinds.items():
+        first = next(finding for finding in new if finding.kind == kind)
+        left_out = "left out: " if first.severity == "error" else ""
+        several = f"{kind}: {count} files, first " if count > 1 else ""
+        warnings.warn(f"{left_out}{several}{first.what}", stacklevel=2)
     pairs = _zip_pairs(image_paths, mask_paths or None)
     good = [(image, mask) for image, mask in pairs if image not in bad]
-    return [image for image, _ in good], [mask for _, mask in good if mask], list(bad)
+    return [image for image, _ in good], [mask for _, mask in good if mask], findings
 
 
 # --- 3. Split: at random, the images of one lesion together -----------------------------------
@@ -691,7 +862,9 @@ def train_val_test_split(
     lesions = _group_lesions(pairs, image_size, cache or PairCache(0))
     rest, test = _draw(lesions, test_split, seed)
     train, val = _draw(rest, val_split, seed)
-    _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on.")
+    least = 1 + (val_split > 0) + (test_split > 0)
+    _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on: expected"
+             f" at least {least} lesions; val_split and test_split of 0 make do with fewer.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
@@ -1565,6 +1738,9 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     Nothing in the file is executed (Keras' safe mode). The model is compiled as it was saved; a
     plain Keras file gets a default record. A damaged file or another kind of model is an error.
     """
+    version = tuple(map(int, re.findall(r"\d+", keras.__version__)[:3]))
+    _require(version >= (3, 15, 1), f"This needs Keras 3.15.1 or newer, but found "
+             f"{keras.__version__}: run pip install -r requirements.txt.")
     what = "is a folder" if Path(path).is_dir() else "there is no such file"
     _require(Path(path).is_file(), f"{path}: {what}; give a model file that save_model wrote.")
     whole = Path(path).suffix == ".keras" and zipfile.is_zipfile(path)
@@ -1632,8 +1808,10 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:
-    """Loads the weights of a model file into a model, which may have another frame."""
-    model.set_weights(_load_same_network(path, model).get_weights())
+    """Loads weights and threshold of a model file into a model, which may have another frame."""
+    loaded = _load_same_network(path, model)
+    model.set_weights(loaded.get_weights())
+    model_record(model).threshold = model_record(loaded).threshold
 
 
 def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
@@ -1741,6 +1919,7 @@ def _score_each(
 ) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """Scores predictions as they arrive, one on each processor; at most 64 wait."""
     waiting: deque[tuple[Future[dict[str, Any]], Predictions]] = deque()
+    names = itertools.chain(_unique_names([image for image, _ in generator.pairs]), [""])
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
@@ -1749,7 +1928,9 @@ def _score_each(
             _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not "
                      f"belong to this generator of {len(generator.pairs)} images of {size}: "
                      "predict with it, and use them once.")
-            waiting.append((pool.submit(_score_image, prediction, pair, output), prediction))
+            fit = generator.cache.fit_masks
+            score = pool.submit(_score_image, prediction, pair, next(names), fit, output)
+            waiting.append((score, prediction))
             if len(waiting) > 64:
                 score, prediction = waiting.popleft()
                 yield score.result(), prediction
@@ -1758,13 +1939,27 @@ def _score_each(
         pool.shutdown(cancel_futures=True)
 
 
-def _score_image(prediction: Predictions, pair: Pair, output: Path | None) -> dict[str, Any]:
+def _unique_names(paths: Sequence[str]) -> list[str]:
+    """Names images by id; where images share one, by stem, by file name, or by path."""
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names = list(map(image_id, paths))
+    stems, files = [Path(path).stem for path in paths], [Path(path).name for path in paths]
+    for longer in (stems, files, [os.path.relpath(path, root) for path in paths]):
+        counts = Counter(names)
+        names = [other if counts[n] > 1 else n for n, other in zip(names, longer, strict=True)]
+    return [re.sub(r"[/\\]", "_", name) for name in names]
+
+
+def _score_image(
+    prediction: Predictions, pair: Pair, name: str, fit: bool, output: Path | None
+) -> dict[str, Any]:
     image_path, mask_path = pair
-    mask = _threshold(prediction, _size_of(image_path))
-    scores: dict[str, Any] = {"id": image_id(image_path)}
+    mask = _threshold(prediction, size := _size_of(image_path))
+    scores: dict[str, Any] = {"id": name}
     if mask_path is not None:
-        _check_same_size(image_path, mask_path)
-        scores |= score_masks(load_segmented_image(mask_path, None)[..., 0], mask)
+        _check_same_size(image_path, mask_path, fit)
+        (truth,) = _decode(mask_path, [None], mask=True, fit_to=size)
+        scores |= score_masks(truth[..., 0], mask)
     if output is not None:
         _save_image(mask * np.uint8(255), output / "masks" / f"{scores['id']}_segmentation.png")
     if output is not None and mask_path is None:
@@ -1890,10 +2085,10 @@ def _pictures(generator: ImageGenerator, prediction: Predictions, i: int) -> dic
     """An image without the black bars of its frame, its target (if any) and its prediction."""
     path, mask_path = generator.pairs[i]
     size = _size_of(path)
-    pictures = {"Input": _crop(load_input_image(path, generator.image_size), size)}
+    pair = _crop(generator.cache.load(path, mask_path, generator.image_size), size)
+    pictures = {"Input": pair[..., :3]}
     if mask_path is not None:
-        target = load_segmented_image(mask_path, generator.image_size)[..., 0]
-        pictures["Target"] = _crop(target, size)
+        pictures["Target"] = pair[..., 3]
     height, width = pictures["Input"].shape[:2]
     return {**pictures, "Prediction": _threshold(prediction, size, (height, width))}
 
@@ -1972,6 +2167,7 @@ def run_driver(
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda what, *_, **__: print(f"Warning: {what}", file=sys.stderr)
+            _check_output(options)
             with startup():
                 sharing, device = data_parallel(devices), describe_device()
             print(f"Device: {device}")
@@ -1985,6 +2181,16 @@ def run_driver(
         print(f"Error: {_reason(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_output(options: Any) -> None:
+    """Refuses an output folder in which results would mix with the images or replace masks."""
+    if (output := getattr(options, "output", None)) is not None:
+        written = {Path(output, name).resolve() for name in ("", "masks", "overlays")}
+        folders = filter(None, (options.image_dir, options.mask_dir))
+        given = {Path(folder).resolve() for folder in folders}
+        _require(not written & given, f"--output {output} would write among the images or masks: "
+                 "give a folder of its own.")
 
 
 def _reason(error: Exception) -> str:

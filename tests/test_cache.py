@@ -26,9 +26,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The images and masks that are decoded, in order."""
     paths: list[str] = []
 
-    def spy(path: str, sizes: Any, *, mask: bool) -> Any:
+    def spy(path: str, sizes: Any, *, mask: bool, **options: Any) -> Any:
         paths.append(path)
-        return decode(path, sizes, mask=mask)
+        return decode(path, sizes, mask=mask, **options)
 
     decode = segment._decode
     monkeypatch.setattr(segment, "_decode", spy)
@@ -159,9 +159,9 @@ def test_a_pair_that_two_threads_decode_at_once_is_counted_once(
     (image,), (mask,) = make_pairs(1)
     both, decode = threading.Barrier(2), segment._decode
 
-    def wait(path: str, sizes: Any, *, mask: bool) -> list[segment.Array]:
+    def wait(path: str, sizes: Any, *, mask: bool, **options: Any) -> list[segment.Array]:
         both.wait(10)
-        return decode(path, sizes, mask=mask)
+        return decode(path, sizes, mask=mask, **options)
 
     monkeypatch.setattr(segment, "_decode", wait)
     cache = segment.PairCache(max_bytes=10**6)

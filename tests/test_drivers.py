@@ -549,9 +549,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
     """The id and the frames of every image that is decoded."""
     decode, calls = segment._decode, []
 
-    def spy(path: segment.StrPath, sizes: Any, *, mask: bool) -> Any:
+    def spy(path: segment.StrPath, sizes: Any, *, mask: bool, **options: Any) -> Any:
         calls.extend([(segment.image_id(path), list(sizes))] * (not mask))
-        return decode(path, sizes, mask=mask)
+        return decode(path, sizes, mask=mask, **options)
 
     monkeypatch.setattr(segment, "_decode", spy)
     return calls

@@ -247,9 +247,9 @@ def test_images_are_decoded_once_as_far_as_the_budget_of_the_cache_suffices(
 ) -> None:
     pairs, decode, decoded = make_pairs(5), segment._decode, []
 
-    def spy(path: str, sizes: Any, *, mask: bool) -> Any:
+    def spy(path: str, sizes: Any, *, mask: bool, **options: Any) -> Any:
         decoded.extend([path] * (not mask))
-        return decode(path, sizes, mask=mask)
+        return decode(path, sizes, mask=mask, **options)
 
     monkeypatch.setattr(segment, "_decode", spy)
     cache = segment.PairCache(int(budget * 4 * (2 * SIZE[0]) * (2 * SIZE[1])))

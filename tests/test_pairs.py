@@ -75,7 +75,7 @@ def test_all_images_and_masks_without_a_partner_are_reported_together(tmp_path: 
 def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     images = touch(tmp_path / "i", "ISIC_0000000.jpg", "ISIC_0000000.png")
     masks = touch(tmp_path / "m", "ISIC_0000000_segmentation.png")
-    message = r"1 ids that several images share \(ISIC_0000000\)"
+    message = r"1 ids that several files share \(ISIC_0000000: .*0\.jpg and .*0\.png and"
     with pytest.raises(segment.SegmentError, match=message):
         segment.find_image_pairs(images, masks)
 
@@ -97,7 +97,6 @@ def test_images_without_masks_are_found_for_prediction(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a.png", "a_segmentation.png", "c_superpixels.png", ".d.png", "e.csv")
     assert names(segment.find_images(tmp_path)) == ["a.png", "b.JPG"]
     touch(tmp_path, "b.png")
-    with pytest.raises(segment.SegmentError, match=r"several images of one id \(b\)"):
-        segment.find_images(tmp_path)
+    assert names(segment.find_images(tmp_path)) == ["a.png", "b.JPG", "b.png"]
     with pytest.raises(segment.SegmentError, match="holds only masks"):
         segment.find_images(touch(tmp_path / "masks", "a_segmentation.png"))
