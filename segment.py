@@ -213,8 +213,8 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = 
     ]
     what = f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold " \
            f"{' and '.join(found)}"
-    _require(not found or (skip_bad and bool(pairs)), f"{what}: rename or remove these files, or "
-             "leave them out with --skip-bad (skip_bad=True).")
+    _require(not found or (skip_bad and bool(pairs)), f"{what}: add, rename or remove files, or "
+             "leave these out with --skip-bad (skip_bad=True).")
     if found:
         warnings.warn(f"left out: {' and '.join(found)}.", stacklevel=2)
     return [image for image, _ in pairs], [mask for _, mask in pairs]

@@ -371,7 +371,7 @@ def test_partly_labelled_data_is_used_on_request_and_the_rest_is_listed(
         str(tmp_path / "o"),
     ]
     assert driver_train_save_evaluate.main([*options, "--test-split", "0.3"]) == 2
-    assert "leave them out with --skip-bad" in capsys.readouterr().err
+    assert "leave these out with --skip-bad" in capsys.readouterr().err
     assert driver_train_save_evaluate.main([*options, "--test-split", "0.3", "--skip-bad"]) == 0
     printed = capsys.readouterr()
     assert "10 pairs in" in printed.out
