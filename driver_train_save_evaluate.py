@@ -172,7 +172,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     segment.results(
         test_generator, predictions, num_imgs=options.num_imgs, output_dir=output,
         history=segment.model_record(model).history,
-        notes={"model": options.save, "left_out": left_out})
+        notes={"model": options.save, "left_out": left_out,
+               "resized_masks": sum(f.kind == "resized masks" for f in findings)})
     print(f"Scores, figures and masks are in {output}")
 
 
