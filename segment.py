@@ -208,7 +208,7 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = 
     pairs, findings = _pair_files(image_dir, mask_dir)
     kinds = Counter(finding.kind for finding in findings)
     found = [
-        f"{count} {kind} ({_shorten([f.what for f in findings if f.kind == kind])})"
+        f"{_count(count, kind)} ({_shorten([f.what for f in findings if f.kind == kind])})"
         for kind, count in kinds.items()
     ]
     what = f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold " \
@@ -268,7 +268,7 @@ def find_images(image_dir: StrPath) -> list[str]:
     _require(bool(paths), f"{image_dir} holds only masks: give the folder of the images.")
     lost = {image_id(path) for path in files} - set(map(image_id, paths))
     if lost:
-        names = f"{len(lost)} masks by name ({_shorten(sorted(lost))})"
+        names = f"{_count(len(lost), 'masks by name')} ({_shorten(sorted(lost))})"
         warnings.warn(f"{image_dir}: passed over {names}.", stacklevel=2)
     return paths
 
@@ -293,7 +293,7 @@ def _list_images(folder: StrPath) -> list[str]:
                 paths.append(path)
             elif other or (image and os.path.islink(path) and not os.path.exists(path)):
                 passed_over[other[1].lower() if other else "broken links"] += 1
-    counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
+    counts = ", ".join(_count(count, kind) for kind, count in passed_over.most_common())
     _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
     broken = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
@@ -310,6 +310,12 @@ def _real_path(path: str) -> str:
 
 def _is_mask(path: StrPath) -> bool:
     return re.search(MASK_NAME, Path(path).stem) is not None
+
+
+def _count(count: int, kind: str) -> str:
+    """Counts a kind of several, as `"2 broken links"` or `"1 broken link"`."""
+    one = re.sub(r"s( |$)", r"\1", kind, count=1)
+    return f"{count} {kind if count > 1 else one}"
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:
@@ -535,7 +541,7 @@ class PairCache:
         self.folder = None if folder is None else Path(folder)
         self.notes: dict[str, dict[str, str]] = {}  # of masks, what is unusual about their values
         self._kept: dict[str, Array] = {}
-        self._lock = threading.Lock()  # of all three, which several threads change
+        self._lock = threading.Lock()  # of budget, folder and pairs, which several threads change
         if self.folder is not None:
             _check_file_to_write(self.folder / "pair.npy")
             _remove_leftovers(self.folder)
@@ -732,6 +738,15 @@ def _digest(path: StrPath) -> bytes:
     return b""
 
 
+def _check_masks_vary(kinds: Mapping[str, int], count: int) -> None:
+    """Refuses to train on masks of which nearly all are empty, full or equal."""
+    blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"] + 1
+    _require(blank < 0.9 * count, f"{blank} of {count} masks are empty or full: export them again, "
+             "as black and white pictures without transparency.")
+    _require(same < max(3, 0.9 * count), f"{same} of {count} masks are equal: export the mask of "
+             "each image.")
+
+
 def usable_pairs(
     image_paths: Paths, mask_paths: Paths | None = None, *, skip_bad: bool = False,
     training: bool = False, findings: Sequence[Finding] = (), output_dir: StrPath | None = None,
@@ -755,12 +770,8 @@ def usable_pairs(
     _require(not bad or skip_bad, f"{len(bad)} of {len(image_paths)} images cannot be used: fix "
              f"the files, or leave them out with --skip-bad (skip_bad=True).{listed}")
     kinds = Counter(finding.kind for finding in new)
-    usual = len(image_paths) - 1 if training else len(image_paths) * 2
-    blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"]
-    _require(blank < max(1, 0.9 * usual), f"{blank} of {len(image_paths)} masks are empty or full: "
-             "export them again, as black and white pictures without transparency.")
-    _require(same < max(2, 0.9 * usual), f"{same + 1} of {len(image_paths)} masks are equal: "
-             "export the mask of each image.")
+    if training:
+        _check_masks_vary(kinds, len(image_paths))
     for kind, count in kinds.items():
         first = next(finding for finding in new if finding.kind == kind)
         left_out = "left out: " if first.severity == "error" else ""

@@ -125,7 +125,7 @@ def test_files_passed_over_are_counted_and_system_files_are_not(tmp_path: Path) 
     with pytest.warns(UserWarning, match="passed over") as caught:
         assert segment.find_images(tmp_path) == [image, jfif, webp]
     assert "2 .heic, 1 " in said(list(caught))
-    assert {"1 .gif", "1 .dcm", "1 .jp2", "1 broken links"} <= set(
+    assert {"1 .gif", "1 .dcm", "1 .jp2", "1 broken link"} <= set(
         said(list(caught)).split("passed over ")[1].split(", which")[0].split(", ")
     )
     assert segment.load_input_image(webp).shape == (256, 256, 3)
@@ -375,7 +375,7 @@ def test_partly_labelled_data_is_used_on_request_and_the_rest_is_listed(
     assert driver_train_save_evaluate.main([*options, "--test-split", "0.3", "--skip-bad"]) == 0
     printed = capsys.readouterr()
     assert "10 pairs in" in printed.out
-    assert "left out: 1 masks without an image (ISIC_0000003) and 1 images without" in printed.err
+    assert "left out: 1 mask without an image (ISIC_0000003) and 1 image without" in printed.err
     with open(tmp_path / "o" / "findings.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["kind"], row["path"]) for row in rows} == {
