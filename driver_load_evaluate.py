@@ -96,8 +96,6 @@ def load_evaluate(options: argparse.Namespace) -> None:
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
         image_sizes=[frame["image_size"]], cache=cache, findings=unpaired,
         output_dir=output, verbose=int(sys.stdout.isatty()))
-    left_out = [finding.path for finding in findings if finding.severity == "error"]
-    resized = sum(finding.kind == "resized masks" for finding in findings)
     seen = segment.image_ids_seen(model, images) if masks else []
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
@@ -110,9 +108,9 @@ def load_evaluate(options: argparse.Namespace) -> None:
     # 6. Show the results: images are scored while the next ones are predicted
     segment.results(
         test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
-        output_dir=output, notes={"model": str(options.model or segment.PRETRAINED.name),
-                                  "images_used_in_training": len(seen), "left_out": left_out,
-                                  "resized_masks": resized})
+        output_dir=output, findings=findings, notes={
+            "model": str(options.model or segment.PRETRAINED.name),
+            "images_used_in_training": len(seen)})
     print(f"Scores, figures and masks are in {output}")
 
 

@@ -30,7 +30,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
     add("--inspect", action="store_true", help="count and plot the image sizes")
     add("--val-split", type=float, default=0.2, metavar="PART", help="to validate (%(default)s)")
+    add("--val-dir", metavar="DIR", help="images to validate on, instead of a drawn part")
+    add("--val-masks", metavar="DIR", help="their masks")
     add("--test-split", type=float, metavar="PART", help="to test (0.03; sample: 0.2)")
+    add("--folds", type=positive_int, metavar="K", help="cross-validate: K models test all images")
     add("--cache", metavar="DIR", help="keep decoded images here (default: 2 GiB of memory)")
     add = parser.add_argument_group("training").add_argument
     add("--image-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
@@ -44,7 +47,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--devices", type=positive_int, default=1, metavar="N", help="share batches among devices")
     add("--resume", action="store_true", help="resume a training from OUTPUT/last.keras")
     add("--start-from", metavar="FILE.keras", help="start with the weights of this model")
-    add("--save", metavar="FILE.keras", help="model file (default: OUTPUT/model.keras)")
+    add("--save", metavar="FILE.keras",
+        help="model file (default: OUTPUT/model.keras, of a fold OUTPUT/foldN/model.keras)")
     add("--no-optimizer", dest="optimizer", action="store_false", help="save a smaller final model")
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, default=True, help="average the predictions of the four flips")
@@ -55,7 +59,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     folder = Path(options.image_dir or SAMPLE / "input").resolve()
     parser.set_defaults(**(ON_SAMPLE if folder == (SAMPLE / "input").resolve() else ON_ISIC))
-    parser.set_defaults(save=str(Path(options.output) / "model.keras"))
     if options.image_dir is None and options.mask_dir is None:
         parser.set_defaults(image_dir=str(SAMPLE / "input"), mask_dir=str(SAMPLE / "truth"))
     options = parser.parse_args(arguments)
@@ -71,7 +74,11 @@ def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices":
             options.batch_size % options.devices != 0,
         "--resume continues a training on one host only": several_hosts and options.resume,
-        f"--save {options.save}: the name must end in .keras": options.save[-6:] != ".keras",
+        f"--save {options.save}: the name must end in .keras":
+            options.save is not None and options.save[-6:] != ".keras",
+        "--folds saves a model for each fold: leave out --save": options.folds and options.save,
+        "--val-dir and --val-masks belong together: give both or none":
+            (options.val_dir is None) != (options.val_masks is None),
         f"--threshold {options.threshold}: expected a probability between 0 and 1":
             options.threshold is not None and not 0 < options.threshold < 1,
     }  # fmt: skip
@@ -80,7 +87,7 @@ def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     host = os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0")
     if several_hosts and host != "0":  # every host computes the same, and writes it for itself
         options.output = str(Path(options.output) / f"host{host}")
-        options.save = str(Path(options.output) / "model.keras")
+        options.save = None
 
 
 def non_negative_int(text: str, least: int = 0) -> int:
@@ -97,7 +104,6 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     import segment
 
-    keras.utils.set_random_seed(options.seed)
     if options.deterministic:
         segment.make_deterministic()
     output, (height, width) = Path(options.output), options.image_size
@@ -106,15 +112,18 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     # 1. Load the file names of the images and masks, and check the files. Each is decoded once,
     # into the frame and into twice the frame, from which augmentation zooms in
-    folders = options.image_dir, options.mask_dir
-    images, masks = segment.find_image_pairs(*folders, skip_bad=options.skip_bad)
-    twice = (2 * height, 2 * width)
-    images, masks, findings = segment.usable_pairs(
-        images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad, cache=cache,
-        image_sizes=[twice, (height, width)], training=True, output_dir=output,
-        findings=segment.unpaired_files(*folders), verbose=int(sys.stdout.isatty()))
-    left_out = [finding.path for finding in findings if finding.severity == "error"]
-    print(f"{len(images)} pairs in {options.image_dir}")
+    twice, findings, sets = (2 * height, 2 * width), list[segment.Finding](), []
+    for folders in [(options.image_dir, options.mask_dir), (options.val_dir, options.val_masks)]:
+        if folders[0] is not None:
+            images, masks = segment.find_image_pairs(*folders, skip_bad=options.skip_bad)
+            images, masks, findings = segment.usable_pairs(
+                images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
+                image_sizes=[twice, (height, width)], cache=cache, training=True,
+                findings=[*findings, *segment.unpaired_files(*folders)], output_dir=output,
+                verbose=int(sys.stdout.isatty()))
+            sets.append((images, masks))
+            print(f"{len(images)} pairs in {folders[0]}")
+    (images, masks), *validation = sets
 
     if options.inspect:
         # 2. Inspect the sizes of the images
@@ -127,53 +136,68 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             print("Same lesion:", *map(segment.image_id, lesion))
 
     # 4. Split into training, validation and test set, the images of one lesion together
-    split = train, val, test = segment.train_val_test_split(
-        images, masks, val_split=options.val_split, test_split=options.test_split,
-        seed=options.seed, image_size=twice, cache=cache)
-    print("{} to train, {} to validate, {} to test on".format(*(len(part[0]) for part in split)))
+    draw = {"val_split": 0 if validation else options.val_split, "seed": options.seed,
+            "image_size": twice, "cache": cache}
+    if options.folds:
+        splits = segment.cross_validation_splits(images, masks, options.folds, **draw)
+    else:
+        draw["test_split"] = options.test_split
+        splits = [segment.train_val_test_split(images, masks, **draw)]
 
-    # 5. Create a generator for each set
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}
-    train_generator = segment.create_generator(
-        *train, shuffle=True, augment=True, seed=options.seed, **whole)
-    val_generator = segment.create_generator(*val, **whole) if val[0] else None
-    test_generator = segment.create_generator(*test, **shape) if test[0] else None
+    predictions = list[segment.Predictions]()
+    for fold, (train, val, test) in enumerate(splits, 1):
+        folder = output / f"fold{fold}" if options.folds else output
+        (val,) = validation or [val]
+        counts = (len(part[0]) for part in (train, val, test))
+        print("{} to train, {} to validate, {} to test on".format(*counts))
 
-    # 6. Create a new UNet
-    model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
-    segment.model_record(model).origin = {"options": vars(options), "left_out": left_out}
-    if options.start_from:
-        segment.load_weights(model, options.start_from)
+        # 5. Create a generator for each set
+        train_generator = segment.create_generator(
+            *train, shuffle=True, augment=True, seed=options.seed, **whole)
+        val_generator = segment.create_generator(*val, **whole) if val[0] else None
 
-    # 7. Train it and save it with its settings
-    if options.resume and not (output / "last.keras").exists():
-        print(f"There is no checkpoint in {output}: training starts from scratch")
-    print(f"Training: the best epoch so far is always in {options.save}")
-    segment.train_model(
-        model, train_generator, val_generator, options.epochs, split=split,
-        learning_rate=options.learning_rate, save_path=options.save, resume=options.resume,
-        resume_path=output / "last.keras", log_path=output / "training.csv")
-    how = {"mirror": options.mirror, "one_region": options.one_region}
-    threshold = options.threshold
-    if threshold is None and val_generator is not None:
-        validated = segment.predict(model, val_generator, **how)
-        threshold = segment.choose_threshold(val_generator, validated)
-    segment.save_model(model, options.save, threshold=threshold, optimizer=options.optimizer, **how)
-    print(f"Saved {options.save}")
-    if test_generator is None:
+        # 6. Create a new UNet
+        keras.utils.set_random_seed(options.seed)
+        model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
+        left_out = [finding.path for finding in findings if finding.severity == "error"]
+        segment.model_record(model).origin = {"options": vars(options), "left_out": left_out}
+        if options.start_from:
+            segment.load_weights(model, options.start_from)
+
+        # 7. Train it and save it with its settings
+        path, checkpoint = options.save or folder / "model.keras", folder / "last.keras"
+        if options.resume and not checkpoint.exists():
+            print(f"There is no checkpoint in {folder}: training starts from scratch")
+        print(f"Training: the best epoch so far is always in {path}")
+        segment.train_model(
+            model, train_generator, val_generator, options.epochs, split=(train, val, test),
+            learning_rate=options.learning_rate, save_path=path, resume=options.resume,
+            resume_path=checkpoint, log_path=folder / "training.csv")
+        how = {"mirror": options.mirror, "one_region": options.one_region}
+        threshold = options.threshold
+        if threshold is None and val_generator is not None:
+            validated = segment.predict(model, val_generator, **how)
+            threshold = segment.choose_threshold(val_generator, validated)
+        segment.save_model(model, path, threshold=threshold, optimizer=options.optimizer, **how)
+        print(f"Saved {path}")
+
+        # 8. Predict the test set
+        if test[0]:
+            predictions += segment.predict_each(model, segment.create_generator(*test, **shape))
+
+    if not predictions:
         print("No image was held out (--test-split 0): there is nothing to score")
         return
 
-    # 8. Predict the test set
-    predictions = segment.predict_each(model, test_generator)
-
-    # 9. Show the results: images are scored while the next ones are predicted
+    # 9. Show the results: each image as predicted by the model that has not seen it
+    images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
     segment.results(
-        test_generator, predictions, num_imgs=options.num_imgs, output_dir=output,
-        history=segment.model_record(model).history,
-        notes={"model": options.save, "left_out": left_out,
-               "resized_masks": sum(f.kind == "resized masks" for f in findings)})
+        segment.create_generator(images, masks, **shape), iter(predictions), findings=findings,
+        num_imgs=options.num_imgs, output_dir=output,
+        history=None if options.folds else segment.model_record(model).history,
+        notes={"model": str(path)})
     print(f"Scores, figures and masks are in {output}")
 
 

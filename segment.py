@@ -44,6 +44,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -73,13 +74,15 @@ from PIL import ExifTags, Image, ImageFilter, ImageOps
 from PIL.JpegImagePlugin import jpeg_factory
 from scipy import ndimage, sparse, stats
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import KFold
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import shuffle
 
 __all__ = [  # noqa: RUF022, in the order of the sections
     "SegmentError", "image_id", "find_image_pairs", "unpaired_files", "find_images", "letterbox",
     "load_input_image", "load_segmented_image", "PairCache", "inspect", "plot_image_sizes",
-    "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split", "create_generator",
+    "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split",
+    "cross_validation_splits", "create_generator",
     "create_model", "METRICS", "dice_coefficient", "dice_loss", "dice_cross_entropy_loss",
     "score_masks", "train_model", "predict", "predict_each", "choose_threshold", "estimate_dice",
     "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
@@ -877,6 +880,26 @@ def train_val_test_split(
     _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on: expected"
              f" at least {least} lesions; val_split and test_split of 0 make do with fewer.")
     return _unzip(train), _unzip(val), _unzip(test)
+
+
+def cross_validation_splits(
+    image_paths: Paths, mask_paths: Paths, folds: int, *, val_split: float = 0.2, seed: int = 0,
+    image_size: Size = IMAGE_SIZE, cache: PairCache | None = None
+) -> list[tuple[Pairs, Pairs, Pairs]]:
+    """Returns a split for each fold, so that every pair is in the test set of exactly one.
+
+    `val_split` of the other pairs validate. The images that `find_same_lesions` groups stay
+    together. The test sets have the same number of lesions, give or take one.
+    """
+    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache or PairCache(0))
+    _check_seed(seed)
+    enough = 2 <= folds <= len(lesions)
+    _require(enough, f"folds is {folds}: expected 2 to {len(lesions)}, the number of lesions.")
+    splits = []
+    for rest, test in KFold(folds, shuffle=True, random_state=seed).split(lesions):
+        train, val = _draw([lesions[i] for i in rest], val_split, seed)
+        splits.append((_unzip(train), _unzip(val), _unzip(lesions[i] for i in test)))
+    return splits
 
 
 def _draw(
@@ -1876,7 +1899,7 @@ def _check_predictions(generator: ImageGenerator, predictions: Array | Iterator[
 def results(
     test_generator: ImageGenerator, predictions: Array | Iterator[Array], *, num_imgs: int = 4,
     history: Mapping[str, Sequence[float]] | None = None, output_dir: StrPath | None = None,
-    notes: Mapping[str, Any] | None = None
+    notes: Mapping[str, Any] | None = None, findings: Sequence[Finding] = ()
 ) -> list[dict[str, Any]]:
     """Scores each image at its original resolution; prints, plots and writes the results.
 
@@ -1892,6 +1915,7 @@ def results(
         output_dir: Folder for `scores.csv` (a row per image, full precision), `summary.json`, the
             figures (PNG, 20 images each) and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
+        findings: Those of `usable_pairs`; files left out and resized masks are entries as well.
 
     Returns:
         For each image its `"id"`, the `METRICS` if it has a mask, and `"estimated_dice"`.
@@ -1910,7 +1934,10 @@ def results(
         later = [k for k in drawn if k >= num_imgs]
         if len(later) > num_imgs:  # keep only what is drawn
             del drawn[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
-    summary = {"threshold": lesion.threshold, **(notes or {}), **summarize(scores)}
+    left_out = [finding.path for finding in findings if finding.severity == "error"]
+    resized = sum(finding.kind == "resized masks" for finding in findings)
+    notes = {**(notes or {}), "left_out": left_out, "resized_masks": resized}
+    summary = {"threshold": lesion.threshold, **notes, **summarize(scores)}
     print(_report(summary))
     if output:
         _write_table(output / "scores.csv", scores)
@@ -2179,6 +2206,7 @@ def run_driver(
         with warnings.catch_warnings():
             warnings.showwarning = lambda what, *_, **__: print(f"Warning: {what}", file=sys.stderr)
             _check_output(options)
+            logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of a trace for each fold
             with startup():
                 sharing, device = data_parallel(devices), describe_device()
             print(f"Device: {device}")
