@@ -1,8 +1,9 @@
 """Loads a trained UNet and segments images with it; scores them where there are masks.
 
 With MODEL it scores the test set that the model file names (give the folders of the training), or
-with --all every pair. Without MODEL the pretrained model segments and scores all images; without
---mask-dir it only segments them. Without folders it uses the synthetic sample.
+with --all every pair. The mean of several models, or the pretrained model without MODEL, segments
+and scores all images; without --mask-dir it only segments them. Without folders it uses the
+synthetic sample.
 """
 
 import argparse
@@ -21,14 +22,15 @@ SAMPLE = Path(__file__).parent / "images" / "sample"
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     flag = argparse.BooleanOptionalAction
-    parser.add_argument("model", nargs="?", metavar="MODEL",
-        help="a .keras file that the training saved (default: the pretrained model)")
+    parser.add_argument("models", nargs="*", metavar="MODEL",
+        help=".keras files, or the folder of --folds (default: the pretrained model)")
     add = parser.add_argument_group("data").add_argument
     add("--image-dir", metavar="DIR", help="images (default: the sample)")
     add("--mask-dir", metavar="DIR", help="their masks (default: those of the sample)")
     add("--all", action="store_true", help="score every pair, not only the held-out test set")
     add("--subset", type=positive_int, metavar="N", help="use only the first N images")
     add("--batch-size", type=positive_int, metavar="N", help="images per batch (as in training)")
+    add("--bfloat16", action=flag, help="compute in bfloat16 (default: if that is faster)")
     add("--skip-bad", action="store_true", help="leave out files that are unusable or unpaired")
     add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
     add("--inspect", action="store_true", help="count and plot the image sizes")
@@ -46,7 +48,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threshold {options.threshold}: expected a probability between 0 and 1")
     if options.image_dir is None:
         parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
-    if options.mask_dir is None and options.model is not None and not options.all:
+    if options.mask_dir is None and options.models and not options.all:
         parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
     return options
 
@@ -82,34 +84,37 @@ def load_evaluate(options: argparse.Namespace) -> None:
         # 3. Plot the occurrence of the sizes
         segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
 
-    # 4. Load the trained model and select its test set
-    model = segment.load_model(options.model or segment.PRETRAINED)
-    record = segment.model_record(model)
-    if options.model is not None and not options.all:
-        images, masks = segment.stored_test_split(model, images, masks)
+    # 4. Load the trained model and select its test set. Of several, the mean segments every image
+    bfloat16 = options.bfloat16 if options.bfloat16 is not None or len(images) > 99 else False
+    files = [file for model in options.models or [segment.PRETRAINED]
+             for file in sorted(Path(model).glob("fold*/model.keras")) or [model]]
+    models = [segment.load_model(file, bfloat16=bfloat16) for file in files]
+    record = segment.model_record(models[0])
+    if options.models and len(models) == 1 and not options.all:
+        images, masks = segment.stored_test_split(models[0], images, masks)
         print(f"Evaluating the {len(images)} test images held out in training")
 
     # 5. Check the files, which decodes each once, and predict
     cache = segment.PairCache(fit_masks=options.fit_masks)
-    frame = {"image_size": model.input_shape[1:3], "cache": cache}
+    frame = {"image_size": models[0].input_shape[1:3], "cache": cache}
     images, masks, findings = segment.usable_pairs(
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
         image_sizes=[frame["image_size"]], cache=cache, findings=unpaired,
         output_dir=output, verbose=int(sys.stdout.isatty()))
-    seen = segment.image_ids_seen(model, images) if masks else []
+    seen = segment.image_ids_seen(models, images) if masks else []
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
               "scores are not those of a test.", file=sys.stderr)
     batch_size = options.batch_size or record.batch_size
     test_generator = segment.create_generator(images, masks or None, batch_size=batch_size, **frame)
-    predictions = segment.predict_each(model, test_generator, mirror=options.mirror,
+    predictions = segment.predict_each(models, test_generator, mirror=options.mirror,
                                        one_region=options.one_region, threshold=options.threshold)
 
     # 6. Show the results: images are scored while the next ones are predicted
     segment.results(
         test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
         output_dir=output, findings=findings, notes={
-            "model": str(options.model or segment.PRETRAINED.name),
+            "model": ", ".join(map(str, files)) if options.models else segment.PRETRAINED.name,
             "images_used_in_training": len(seen)})
     print(f"Scores, figures and masks are in {output}")
 

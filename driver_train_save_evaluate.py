@@ -157,6 +157,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         train_generator = segment.create_generator(
             *train, shuffle=True, augment=True, seed=options.seed, **whole)
         val_generator = segment.create_generator(*val, **whole) if val[0] else None
+        test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
         # 6. Create a new UNet
         keras.utils.set_random_seed(options.seed)
@@ -184,8 +185,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         print(f"Saved {path}")
 
         # 8. Predict the test set
-        if test[0]:
-            predictions += segment.predict_each(model, segment.create_generator(*test, **shape))
+        if test_generator is not None:
+            predictions += segment.predict_each(model, test_generator)
 
     if not predictions:
         print("No image was held out (--test-split 0): there is nothing to score")

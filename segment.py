@@ -82,13 +82,12 @@ __all__ = [  # noqa: RUF022, in the order of the sections
     "SegmentError", "image_id", "find_image_pairs", "unpaired_files", "find_images", "letterbox",
     "load_input_image", "load_segmented_image", "PairCache", "inspect", "plot_image_sizes",
     "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split",
-    "cross_validation_splits", "create_generator",
-    "create_model", "METRICS", "dice_coefficient", "dice_loss", "dice_cross_entropy_loss",
-    "score_masks", "train_model", "predict", "predict_each", "choose_threshold", "estimate_dice",
-    "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
-    "load_model", "load_weights", "stored_test_split", "image_ids_seen", "results",
-    "restore_masks", "summarize", "plot_predictions", "plot_dice_histogram", "plot_history",
-    "save_figure", "run_driver",
+    "cross_validation_splits", "create_generator", "create_model", "METRICS", "dice_coefficient",
+    "dice_loss", "dice_cross_entropy_loss", "score_masks", "train_model", "predict", "predict_each",
+    "segment_image", "choose_threshold", "estimate_dice", "describe_device", "data_parallel",
+    "make_deterministic", "model_record", "save_model", "load_model", "load_weights",
+    "stored_test_split", "image_ids_seen", "results", "restore_masks", "summarize",
+    "plot_predictions", "plot_dice_histogram", "plot_history", "save_figure", "run_driver",
 ]  # fmt: skip
 
 IMAGE_SIZE = (256, 256)  # as in the original system
@@ -116,6 +115,7 @@ Pairs = tuple[list[str], list[str]]
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 Tensor = Any  # of any backend
+Models = Any  # a keras.Model, or several, whose probabilities are averaged
 
 
 # --- Errors and whole files -------------------------------------------------------------------
@@ -1395,6 +1395,9 @@ def _record_training(
     if isinstance(generator, ImageGenerator):
         record.origin["seed"], record.batch_size = generator.seed, generator.batch_size
     if split is not None:
+        counts = Counter(os.path.realpath(image) for images, _ in split for image in images)
+        twice = [image for image, count in counts.items() if count > 1]
+        _require(not twice, f"{_shorten(twice)}: in more than one part of the split; keep one.")
         record.split = _split_ids(split)
         for i, kind in enumerate(("images", "masks")):
             paths = sorted(path for part in split for path in part[i])
@@ -1522,23 +1525,26 @@ def _check_threshold(threshold: float) -> float:
     return threshold
 
 
-def predict(model: keras.Model, generator: ImageGenerator, **settings: Any) -> Predictions:
+def predict(model: Models, generator: ImageGenerator, **settings: Any) -> Predictions:
     """Predicts every image of a generator with the settings of `predict_each`."""
     first, *others = predict_each(model, generator, **settings)
     return _remember(np.stack([first, *others]), first.threshold, first.one_region)
 
 
 def predict_each(
-    model: keras.Model, generator: ImageGenerator, *, mirror: bool | None = None,
+    model: Models, generator: ImageGenerator, *, mirror: bool | None = None,
     one_region: bool | None = None, threshold: float | None = None, verbose: int = 1
 ) -> Iterator[Predictions]:
     """Yields `float32 (height, width, 1)` for each image, in their order and not augmented.
 
-    A setting that is `None` is that of the record. The probabilities remember threshold and one
-    region for `results` and `restore_masks`. A batch is predicted while the next one loads.
+    Several models yield the mean of their probabilities, which is uncertain where they disagree. A
+    setting that is `None` is that of the record; of several models the mean threshold. The
+    probabilities remember threshold and one region for `results` and `restore_masks`. A batch is
+    predicted while the next one loads.
     """
-    _check_frame(model, generator)
-    record = model_record(model)
+    models, record = _settings(model)
+    for member in models:
+        _check_frame(member, generator)
     mirror = record.mirror if mirror is None else mirror
     one_region = record.one_region if one_region is None else one_region
     threshold = record.threshold if threshold is None else threshold
@@ -1556,22 +1562,59 @@ def predict_each(
                 ahead = pool.submit(images.batch_part, index + 1)
             # Filled up, so that no other batch size has to be compiled.
             full = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            lesions = _predict_batch(model, full, mirror)
+            lesions = _predict_batch(models, full, mirror, once=len(images.pairs) == 1)
             progress.add(1)
             for lesion in lesions[: len(batch)]:
                 yield _remember(lesion, threshold, one_region)
 
 
-def _predict_batch(model: keras.Model, images: Array, mirror: bool) -> Array:
-    """The probabilities of images, or their means over four flips, flipped back."""
+def _settings(model: Models) -> tuple[list[keras.Model], ModelRecord]:
+    """The models of one or several, and the first record with the mean of their thresholds."""
+    models = [model] if isinstance(model, keras.Model) else list(model)
+    _require(bool(models), "The list of models is empty: expected at least one.")
+    records = list(map(model_record, models))
+    threshold = float(np.mean([record.threshold for record in records]))
+    return models, dataclasses.replace(records[0], threshold=threshold)
+
+
+def _predict_batch(
+    models: Sequence[keras.Model], images: Array, mirror: bool, once: bool = False
+) -> Array:
+    """The mean probabilities of models and flips, flipped back; not traced to be used `once`."""
     flips = ((), (2,), (1,), (1, 2)) if mirror else ((),)
     views = np.concatenate([np.flip(images, axes) for axes in flips])  # (flips * N, H, W, 3)
-    with _fused_norms(model), _each_host_alone():
+    eager = once and keras.backend.backend() == "tensorflow"  # tracing takes longer than 4 views
+    back = []
+    for model in models:
+        with _fused_norms(model), _each_host_alone():
+            lesions = model(views, training=False) if eager else model.predict_on_batch(views)
         # Each device of a TensorFlow strategy returns the whole batch.
-        lesions = model.predict_on_batch(views)[: len(views)]
-    lesions = np.split(lesions, len(flips))
-    back = [np.flip(lesion, axes) for lesion, axes in zip(lesions, flips, strict=True)]
+        lesions = np.split(np.asarray(lesions)[: len(views)], len(flips))
+        back += [np.flip(lesion, axes) for lesion, axes in zip(lesions, flips, strict=True)]
     return np.asarray(sum(back) / len(back))
+
+
+def segment_image(
+    model: Models, image: StrPath | Array, *, threshold: float | None = None
+) -> Mask:
+    """Segments one photograph of any size: returns its mask, `bool (height, width)`.
+
+    `image` is a path, or `uint8 (height, width, 3)` in RGB. All is done as in the load driver, with
+    the settings of the record. The first call compiles the network, further calls only run it.
+    """
+    models, record = _settings(model)
+    frame = models[0].input_shape[1:3]
+    if isinstance(image, np.ndarray):
+        rgb = image.ndim == 3 and image.shape[2] == 3 and image.size > 0
+        _require(rgb and image.dtype == np.uint8, f"The image is {image.dtype} {image.shape}: "
+                 "expected uint8 (height, width, 3) in RGB, or the path of a file.")
+        size = image.shape[:2]
+        fitted = np.asarray(_fit(Image.fromarray(image), size, frame))
+    else:
+        size, (fitted,) = _size_of(image), _decode(image, [frame], mask=False)
+    (lesion,) = _predict_batch(models, fitted[None], record.mirror)
+    threshold = record.threshold if threshold is None else threshold
+    return _threshold(_remember(lesion, threshold, record.one_region), size)
 
 
 def _threshold(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
@@ -1766,11 +1809,13 @@ def save_model(
             archive.writestr(RECORD_MEMBER, json.dumps(dataclasses.asdict(record), indent=1))
 
 
-def load_model(path: StrPath = PRETRAINED) -> keras.Model:
+def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> keras.Model:
     """Loads a model that `save_model` wrote, by default the pretrained one.
 
     Nothing in the file is executed (Keras' safe mode). The model is compiled as it was saved; a
     plain Keras file gets a default record. A damaged file or another kind of model is an error.
+    With `bfloat16` it is an uncompiled copy that computes in bfloat16; with `None`, if the device
+    computes natively in it and predicts a first batch faster.
     """
     version = tuple(map(int, re.findall(r"\d+", keras.__version__)[:3]))
     _require(version >= (3, 15, 1), f"This needs Keras 3.15.1 or newer, but found "
@@ -1794,7 +1839,26 @@ def load_model(path: StrPath = PRETRAINED) -> keras.Model:
     fits = shapes[0][3:] == (3,) and shapes[1] == (*shapes[0][:3], 1) and None not in shapes[0][1:]
     _require(fits, f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
              "(None, height, width, 1), as create_model makes it.")
-    return model
+    fast = bfloat16 or (bfloat16 is None and _native_bfloat16())
+    faster = _recast(model, "mixed_bfloat16") if fast else model
+    faster.record = record
+    if fast and bfloat16 is None:
+        return min((model, faster), key=_seconds_per_batch)
+    return faster
+
+
+def _native_bfloat16() -> bool:
+    with contextlib.suppress(OSError):  # only Linux lists what the processor can do
+        return "GPU" in describe_device() or "_bf16" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def _seconds_per_batch(model: keras.Model) -> float:
+    images = np.zeros((8, *model.input_shape[1:]), np.uint8)
+    _predict_batch([model], images, model.record.mirror)  # traces it
+    began = time.perf_counter()
+    _predict_batch([model], images, model.record.mirror)
+    return time.perf_counter() - began
 
 
 def _check_declared_size(path: StrPath, archive: zipfile.ZipFile) -> None:
@@ -1872,10 +1936,10 @@ def stored_test_split(model: keras.Model, image_paths: Paths, mask_paths: Paths)
     return _unzip([[found[id_] for id_ in ids]])
 
 
-def image_ids_seen(model: keras.Model, image_paths: Paths) -> list[str]:
-    """Returns the ids of the images that the model was trained or validated on, in order."""
-    split = model_record(model).split
-    seen = {*split.get("train", ()), *split.get("val", ())}
+def image_ids_seen(model: Models, image_paths: Paths) -> list[str]:
+    """Returns the ids of the images that a model was trained or validated on, in order."""
+    splits = [model_record(member).split for member in _settings(model)[0]]
+    seen = {id_ for split in splits for part in ("train", "val") for id_ in split.get(part, ())}
     return [id_ for id_ in map(image_id, image_paths) if id_ in seen]
 
 

@@ -168,7 +168,7 @@ def test_the_drivers_take_the_documented_steps_in_order(
     assert steps == [
         "find_image_pairs", "usable_pairs", "inspect", "plot_image_sizes", "find_same_lesions",
         "train_val_test_split", *["create_generator"] * 3, "create_model", "train_model",
-        "predict", "choose_threshold", "save_model", "predict_each", "results",
+        "predict", "choose_threshold", "save_model", "predict_each", "create_generator", "results",
     ]  # fmt: skip
     steps.clear()
     load("--inspect")
@@ -189,8 +189,8 @@ def test_only_training_images_are_shuffled_and_augmented(
 
     monkeypatch.setattr(segment, "create_generator", spy)
     train("--seed", "7")
-    assert [(g.shuffle, g.augment) for g in made] == [(True, True), (False, False), (False, False)]
-    assert [len(g.image_paths) for g in made] == [8, 1, 3]
+    assert [(g.shuffle, g.augment) for g in made] == [(True, True), *[(False, False)] * 3]
+    assert [len(g.image_paths) for g in made] == [8, 1, 3, 3]
     assert made[0].seed == 7
     assert not {"inspect", "plot_image_sizes", "find_same_lesions"} & set(steps)  # no --inspect
 
@@ -534,12 +534,12 @@ def test_the_load_driver_predicts_as_the_train_driver_did(
 
     monkeypatch.setattr(keras.Model, "predict_on_batch", spy_predict)
     monkeypatch.setattr(segment, "_threshold", spy_threshold)
-    train("--no-mirror", "--no-one-region", "--batch-size", "3")
-    assert (batches, one_region) == ([1, 3], {False})
+    train("--no-mirror", "--no-one-region", "--batch-size", "3", "--val-split", "0.3")
+    assert (batches, one_region) == ([2, 3], {False})
     load()
-    assert (batches, one_region) == ([1, 3, 3], {False})
+    assert (batches, one_region) == ([2, 3, 3], {False})
     load("--mirror", "--batch-size", "2", "--one-region")  # four flips of two images
-    assert (batches, one_region) == ([1, 3, 3, 8, 8], {False, True})
+    assert (batches, one_region) == ([2, 3, 3, 8, 8], {False, True})
 
 
 Decoded = list[tuple[str, Any]]
