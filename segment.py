@@ -37,17 +37,21 @@ expected and what to do. Keras computes with TensorFlow, or with what `KERAS_BAC
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import dataclasses
 import functools
 import hashlib
+import html
+import io
 import itertools
 import json
 import logging
 import math
 import os
 import re
+import string
 import sys
 import tempfile
 import threading
@@ -1977,7 +1981,7 @@ def results(
         num_imgs: Number of images in each of the two figures.
         history: `model_record(model).history`, for the learning curves.
         output_dir: Folder for `scores.csv` (a row per image, full precision), `summary.json`, the
-            figures (PNG, 20 images each) and `masks/`. Files of these names are replaced.
+            figures (PNG), `report.html` and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
         findings: Those of `usable_pairs`; files left out and resized masks are entries as well.
 
@@ -1991,8 +1995,9 @@ def results(
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
     lesions = (np.asanyarray(prediction).view(Predictions) for prediction in predictions)
-    scores, drawn = [], dict[int, Predictions]()
+    scores, thumbnails, drawn = [], [], dict[int, Predictions]()
     for i, (score, lesion) in enumerate(_score_each(test_generator, lesions, output)):
+        thumbnails.append(score.pop("thumbnail", None))
         scores.append(score)
         drawn[i] = lesion
         later = [k for k in drawn if k >= num_imgs]
@@ -2013,6 +2018,8 @@ def results(
             save_figure(figure, output / f"{name}.png")
         if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
             ipython.display.display(figure)
+    if output:
+        _write_page(output, summary, scores, thumbnails, history)
     return scores
 
 
@@ -2030,8 +2037,7 @@ def _score_each(
             _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not "
                      f"belong to this generator of {len(generator.pairs)} images of {size}: "
                      "predict with it, and use them once.")
-            fit = generator.cache.fit_masks
-            score = pool.submit(_score_image, prediction, pair, next(names), fit, output)
+            score = pool.submit(_score_image, prediction, pair, next(names), generator, output)
             waiting.append((score, prediction))
             if len(waiting) > 64:
                 score, prediction = waiting.popleft()
@@ -2053,17 +2059,18 @@ def _unique_names(paths: Sequence[str]) -> list[str]:
 
 
 def _score_image(
-    prediction: Predictions, pair: Pair, name: str, fit: bool, output: Path | None
+    prediction: Predictions, pair: Pair, name: str, generator: ImageGenerator, output: Path | None
 ) -> dict[str, Any]:
     image_path, mask_path = pair
     mask = _threshold(prediction, size := _size_of(image_path))
     scores: dict[str, Any] = {"id": name}
     if mask_path is not None:
-        _check_same_size(image_path, mask_path, fit)
+        _check_same_size(image_path, mask_path, generator.cache.fit_masks)
         (truth,) = _decode(mask_path, [None], mask=True, fit_to=size)
         scores |= score_masks(truth[..., 0], mask)
     if output is not None:
         _save_image(mask * np.uint8(255), output / "masks" / f"{scores['id']}_segmentation.png")
+        scores["thumbnail"] = _thumbnail(_pictures(generator, prediction, pair))
     if output is not None and mask_path is None:
         width = 1 + max(mask.shape) // 400
         overlay = load_input_image(image_path, None).copy()
@@ -2167,7 +2174,7 @@ def plot_predictions(
     columns = 2 if generator.mask_paths is None else 3
     figure, axes = _subplots(len(indices), columns, width=8, height=0.4 + 2.2 * len(indices))
     for row, i in enumerate(indices):
-        pictures = _pictures(generator, predictions[i].view(Predictions), i)
+        pictures = _pictures(generator, predictions[i].view(Predictions), generator.pairs[i])
         name, value = _shown_score(scores[i])
         titles = [scores[i]["id"], *list(pictures)[1:]]
         titles[-1] += f", {name} {value:.4f}"
@@ -2183,14 +2190,13 @@ def plot_predictions(
     return figure
 
 
-def _pictures(generator: ImageGenerator, prediction: Predictions, i: int) -> dict[str, Array]:
+def _pictures(generator: ImageGenerator, prediction: Predictions, pair: Pair) -> dict[str, Array]:
     """An image without the black bars of its frame, its target (if any) and its prediction."""
-    path, mask_path = generator.pairs[i]
-    size = _size_of(path)
-    pair = _crop(generator.cache.load(path, mask_path, generator.image_size), size)
-    pictures = {"Input": pair[..., :3]}
-    if mask_path is not None:
-        pictures["Target"] = pair[..., 3]
+    size = _size_of(pair[0])
+    frame = _crop(generator.cache.load(*pair, generator.image_size), size)
+    pictures = {"Input": frame[..., :3]}
+    if pair[1] is not None:
+        pictures["Target"] = frame[..., 3]
     height, width = pictures["Input"].shape[:2]
     return {**pictures, "Prediction": _threshold(prediction, size, (height, width))}
 
@@ -2254,6 +2260,90 @@ def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     plt.close(figure)
     return figure, list(axes.flat)
+
+
+PAGE = string.Template("""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Segmented images: $total</title><style>
+html { color-scheme: light dark; font: 1em sans-serif } td + td { text-align: end; padding: 0 9px }
+header > :not([hidden]) { display: inline-block; max-width: 96%; margin: 0 2%; overflow: auto }
+svg { height: 310px; stroke: currentColor; stroke-width: .3; fill: #8888; font-size: 4px }
+form { display: flex; flex-wrap: wrap; gap: 0 2em; position: sticky; top: 0; background: Canvas }
+main { display: grid; grid: auto / repeat(auto-fill, minmax(11em, 1fr)); gap: 8px }
+main a { border: 2px solid gray; color: inherit; overflow-wrap: anywhere }
+main a::after { content: 'Dice ' attr(data-dice) ' (estimated: ' attr(data-estimated_dice) ')' }
+main img { width: 100%; aspect-ratio: 4/3; object-fit: contain } :target img { height: 85vh }
+:target { position: fixed; inset: 0; background: Canvas } :target::after { content: attr(title) }
+</style><h1>Segmented images: $total</h1><header>$tables $plots
+<div $unscored><svg viewBox="-1 -1 102 108"><path fill="none" d="M0 0V100H100M0 100L100 0"/>$dots
+<text y="106">Dice (up) over its estimate (right), 0 to 1</text></svg></div></header>
+<form id="view"><label>Sort by <select name="by">$options</select></label>
+<label><input type="checkbox" name="down">descending</label> <label>Id <input name="part"></label>
+<label $unscored><input type="checkbox" name="failures">failures (Jaccard &lt; $failure)</label>
+<span>Outlines: prediction magenta<span $unscored>, target lime</span></span></form>
+<main id="gallery"><!-- cards --></main><script>
+const cards = [...gallery.children], {compare} = new Intl.Collator('en', {numeric: true});
+(view.oninput = () => {
+  const by = view.by.value, part = view.part.value.toLowerCase(), sign = view.down.checked ? -1 : 1;
+  gallery.replaceChildren(...cards.filter(({dataset}) => dataset.id.toLowerCase().includes(part)
+    && (dataset.thresholded_jaccard == 0 || !view.failures.checked)  // it is 0 for a failure
+  ).sort((a, b) => sign * compare(a.dataset[by], b.dataset[by])));
+})();
+gallery.onclick = event => event.target.closest(':target') ? location.replace('#-') ?? false : true;
+onkeydown = ({key}) => document.querySelector(  // a click on what is shown large closes it
+  {ArrowLeft: ':has(+ :target)', ArrowRight: ':target + a', Escape: ':target'}[key])?.click();
+</script></html>""")
+
+
+def _write_page(
+    output: Path, summary: Mapping[str, Any], scores: Sequence[Any], thumbnails: Any, history: Any
+) -> None:
+    """Writes `report.html`, a single file: tables, plots, and all images to sort and filter."""
+    _, *names = scores[0]
+    facts = [{"": name, "value": v} for name, v in summary.items() if isinstance(v, int | float)]
+    top, bottom = PAGE.substitute(
+        total=len(scores), failure=JACCARD_FAILURE, unscored="hidden" * ("dice" not in names),
+        tables=_table(facts) + _table([{"": n, **summary[n]} for n in names if n in summary]),
+        plots="".join('<img alt="" src="data:image/png;base64,'
+                      f'{base64.b64encode((output / name).read_bytes()).decode()}">'
+                      for name in ("histogram.png", "training.png")[: 1 + bool(history)]),
+        options="".join(f"<option>{name}</option>" for name in (*names, "id")),
+        dots="".join(f'<a href="#{i}"><circle r="1" cx="{100 * s["estimated_dice"]}" '
+                     f'cy="{100 - 100 * s.get("dice", 0)}"/></a>' for i, s in enumerate(scores)),
+    ).split("<!-- cards -->")
+    with _written_whole(output / "report.html") as path, open(path, "w", encoding="utf-8") as file:
+        cards = map(_card, itertools.count(), scores, thumbnails)
+        file.writelines(itertools.chain([top], cards, [bottom]))
+
+
+def _card(i: int, score: Mapping[str, Any], thumbnail: str) -> str:
+    data = "".join(f' data-{name}="{_text(value)}"' for name, value in score.items())
+    title = ", ".join(f"{name} {_text(value)}" for name, value in score.items() if name != "id")
+    return f'<a id="{i}" href="#{i}" title="{title}"{data}><img loading="lazy" alt="" ' \
+           f'src="data:image/jpeg;base64,{thumbnail}">{_text(score["id"])}<br></a>\n'
+
+
+def _thumbnail(pictures: Mapping[str, Array]) -> str:
+    """A JPEG of about 256 pixels on the long side with the outlines, in base64."""
+    step = max(1, round(max(pictures["Input"].shape) / 256))
+    picture, *masks = (part[::step, ::step].copy() for part in pictures.values())
+    for mask, color in zip(masks, [(0, 255, 0), (255, 0, 255)][-len(masks):], strict=True):
+        picture[(mask > 0) & ~ndimage.binary_erosion(mask)] = color
+    Image.fromarray(picture).save(file := io.BytesIO(), "JPEG", quality=80, subsampling=0)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table in HTML, with a column for each of their keys."""
+    columns = dict.fromkeys(itertools.chain(*rows))
+    body = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    return f"<table><tr><td>{'<tr><td>'.join('<td>'.join(map(_text, row)) for row in body)}</table>"
+
+
+def _text(value: Any) -> str:
+    """Text in HTML: numbers with four digits, an interval as `low – high`."""
+    if isinstance(value, list):
+        return " – ".join(map(_text, value))
+    return html.escape(f"{value:.4f}" if isinstance(value, float) else str(value))
 
 
 # --- 10. Drivers ------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_the_documented_files_are_written_and_hidden_files_are_kept(
     assert set(os.listdir(tmp_path / "trained")) == users | {
         "image_sizes.png", "model.keras", "training.csv", "scores.csv", "summary.json", "masks",
         "predictions.png", "worst.png", "histogram.png", "training.png", "last.keras",
-        "findings.csv",
+        "findings.csv", "report.html",
     }  # fmt: skip
 
 

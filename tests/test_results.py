@@ -154,7 +154,7 @@ def test_without_masks_images_are_estimated_and_outlined(
     assert printed.splitlines()[-3].split()[0] == "ISIC_0000001"
     assert {path.name for path in out.iterdir()} == {
         "scores.csv", "summary.json", "masks", "overlays", "predictions.png", "worst.png",
-        "histogram.png",
+        "histogram.png", "report.html",
     }  # fmt: skip
     mask = np.asarray(Image.open(out / "masks" / "ISIC_0000000_segmentation.png")) > 0
     overlay = np.asarray(Image.open(out / "overlays" / "ISIC_0000000_overlay.jpg")).astype(int)
