@@ -44,6 +44,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -51,6 +52,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import string
 import sys
 import tempfile
@@ -90,7 +92,7 @@ __all__ = [  # noqa: RUF022, in the order of the sections
     "dice_loss", "dice_cross_entropy_loss", "score_masks", "train_model", "predict", "predict_each",
     "segment_image", "choose_threshold", "estimate_dice", "describe_device", "data_parallel",
     "make_deterministic", "model_record", "save_model", "load_model", "load_weights",
-    "stored_test_split", "image_ids_seen", "results", "restore_masks", "summarize",
+    "export_model", "stored_test_split", "image_ids_seen", "results", "restore_masks", "summarize",
     "plot_predictions", "plot_dice_histogram", "plot_history", "save_figure", "run_driver",
 ]  # fmt: skip
 
@@ -137,7 +139,7 @@ def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
     """Refuses a file that cannot be written before the work starts; creates its folder."""
     path = Path(path)
     _require(path.name.endswith(suffix), f"{path} does not end in {suffix}: give a name that does.")
-    _require(not path.is_dir(), f"{path} is a folder: give the name of a file.")
+    _require(not path.is_dir(), f"{path} is a folder: give the name of a file, or a new one.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -148,21 +150,21 @@ def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
 
 @contextlib.contextmanager
 def _written_whole(path: StrPath) -> Iterator[Path]:
-    """Yields a temporary file that replaces `path` once it is complete."""
+    """Yields a temporary file or folder that replaces `path` once it is complete."""
     path = Path(path)
     _check_file_to_write(path)
     name = f".segment-unfinished-{os.getpid()}-{threading.get_ident()}{path.suffix}"
     temporary = path.with_name(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
+        with contextlib.suppress(IsADirectoryError), open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut may keep the new name without the content
         temporary.replace(path)
     except OSError as error:
         raise SegmentError(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            (shutil.rmtree if temporary.is_dir() else os.unlink)(temporary)
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] = ()) -> None:
@@ -1178,18 +1180,17 @@ def _norm_relu(x: Tensor, name: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def _fused_norms(model: keras.Model) -> Iterator[None]:
+def _fused_norms(model: keras.Model, moments: bool = False) -> Iterator[None]:
     """Computes instance norms by one operation of TensorFlow inside the block, on a processor.
 
     A training step in bfloat16 takes 60 to 80 % of the time. After the block the layers are stock
-    layers again, so nothing of this is saved or exported.
+    layers again. With `moments` norms are plain operations, which other programs run the fastest.
     """
-    tensorflow = keras.backend.backend() == "tensorflow" and sys.modules["tensorflow"]
-    fused = tensorflow and not tensorflow.config.list_physical_devices("GPU")  # XLA fuses there
-    chosen = layers.GroupNormalization if fused else ()
-    norms = [layer for layer in model.layers if isinstance(layer, chosen)]
+    tf = keras.backend.backend() == "tensorflow" and sys.modules["tensorflow"]
+    fused = moments or (tf and not tf.config.list_physical_devices("GPU"))  # XLA fuses there
+    norms = [norm for norm in model.layers if fused and isinstance(norm, layers.GroupNormalization)]
     for norm in norms:
-        norm.call = functools.partial(_normalize, norm)
+        norm.call = functools.partial(_normalize, norm, moments)
     try:
         yield
     finally:
@@ -1197,12 +1198,15 @@ def _fused_norms(model: keras.Model) -> Iterator[None]:
             del norm.call
 
 
-def _normalize(norm: keras.Layer, x: Tensor) -> Tensor:
+def _normalize(norm: keras.Layer, moments: bool, x: Tensor) -> Tensor:
     """Instance normalization by a batch normalization in which all images form one."""
     tensorflow = sys.modules["tensorflow"]
     plain = (norm.axis, norm.groups, norm.scale, norm.center) == (-1, x.shape[-1], True, True)
     if len(x.shape) != 4 or not plain or tensorflow.executing_eagerly():  # which gains nothing
         return type(norm).call(norm, x)
+    if moments:
+        mean, variance = ops.moments(x, (1, 2), keepdims=True)
+        return (x - mean) * ops.rsqrt(variance + norm.epsilon) * norm.gamma + norm.beta
     count, height, width, maps = ops.shape(x)
     scale, offset = (ops.tile(ops.cast(w, "float32"), [count]) for w in (norm.gamma, norm.beta))
     x = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, count * maps))
@@ -1761,6 +1765,7 @@ def make_deterministic() -> None:
 
 RECORD_MEMBER = "segment.json"  # inside the .keras file, which is a zip archive; Keras ignores it
 RECORD_FORMAT = 2
+EXPORTS = {".onnx": "onnx", ".tflite": "litert", "": "tf_saved_model"}  # formats by suffix
 
 
 @dataclasses.dataclass
@@ -1914,6 +1919,56 @@ def load_weights(model: keras.Model, path: StrPath) -> None:
     loaded = _load_same_network(path, model)
     model.set_weights(loaded.get_weights())
     model_record(model).threshold = model_record(loaded).threshold
+
+
+def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> None:
+    """Exports to ONNX (`.onnx`), LiteRT (`.tflite`) or a SavedModel (no suffix), in float32.
+
+    With `mirror` it averages the flips. A `segment.json` in the ONNX metadata, the folder, or the
+    zip archive that a `.tflite` also is, says how to use it. It is refused if it is over 0.02 off.
+    """
+    path, kind, backend = Path(path), EXPORTS.get(Path(path).suffix), keras.backend.backend()
+    _require(kind is not None and backend == "tensorflow", f"{path} cannot be exported by {backend}"
+             ": give .onnx, .tflite or no suffix (SavedModel), and set KERAS_BACKEND=tensorflow.")
+    needed = ("onnx", "onnxruntime", "tf2onnx") if kind == "onnx" else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    _require(not missing, f"{path} needs {_shorten(missing)}: run pip install {' '.join(needed)}.")
+    network = exported = _recast(model, "float32")
+    shape = model.input_shape[1:]
+    facts = vars(dataclasses.replace(model_record(model), split={}, history={})) | {
+        "height": shape[0], "width": shape[1], "resampling": "bilinear", "mirror_built_in": mirror,
+        "input": "uint8 RGB in 0..255", "exporter": describe_device(), "fitting": "Turn by EXIF, "
+        "scale evenly to fit, centre on black; crop the result, scale it back, threshold (>=)."}
+    coarse = np.random.default_rng(0).uniform(0, 255, (9, 16, 16, 3))
+    images = ops.convert_to_numpy(ops.cast(ops.image.resize(coarse, shape[:2]), "uint8"))
+    if mirror:
+        image, flips = keras.Input(shape), [np.s_[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
+        lesions = ops.split(network(ops.concatenate([image[flip] for flip in flips]))[0], 4)
+        exported = keras.Model(image, sum(y[f] for y, f in zip(lesions, flips, strict=True)) / 4)
+    signature = keras.InputSpec("uint8", (None, *shape), name="image")
+    with _written_whole(path) as temporary, warnings.catch_warnings(action="ignore"):
+        expected = _predict_batch([network], images, mirror)
+        with _fused_norms(network, moments=True):
+            exported.export(temporary, kind, verbose=False, input_signature=[signature])
+        run = _open_export(temporary, json.dumps(facts, indent=1))
+        error = np.max([np.abs(run(images[:n]) - expected[:n]).max() for n in (1, 3, 8, 9)])
+        _require(error <= 0.02, f"{path}: not written, as it is up to {error:.2g} off the model.")
+
+
+def _open_export(path: Path, facts: str) -> Any:
+    if path.suffix == ".onnx":
+        onnx, runtime = map(importlib.import_module, ("onnx", "onnxruntime"))
+        onnx.helper.set_model_props(proto := onnx.load(path), {RECORD_MEMBER: facts})
+        onnx.save(proto, path)
+        session = runtime.InferenceSession(path)
+        return lambda images: session.run(None, {"image": images})[0]
+    if path.suffix == ".tflite":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(RECORD_MEMBER, facts)
+        runner = sys.modules["tensorflow"].lite.Interpreter(str(path)).get_signature_runner()
+        return lambda images: runner(image=images)["output_0"]
+    (path / RECORD_MEMBER).write_text(facts, encoding="utf-8")
+    return keras.layers.TFSMLayer(path, call_endpoint="serve")
 
 
 def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
