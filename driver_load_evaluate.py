@@ -39,6 +39,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--one-region", action=flag, help="keep one region of each mask (as in training)")
     add("--threshold", type=float, metavar="P", help="of a lesion (default: that of the model)")
     add("--output", default="evaluation", metavar="DIR", help="folder of the results (%(default)s)")
+    add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
+    add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")
     add("--num-imgs", type=non_negative_int, default=4, metavar="N", help="images to plot (4)")
     options = parser.parse_args(arguments)
     if options.image_dir is None and options.mask_dir is None:
@@ -113,7 +115,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
     # 6. Show the results: images are scored while the next ones are predicted
     segment.results(
         test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
-        output_dir=output, findings=findings, notes={
+        output_dir=output, findings=findings, compare=options.compare, metadata=options.metadata,
+        notes={
             "model": ", ".join(map(str, files)) if options.models else segment.PRETRAINED.name,
             "images_used_in_training": len(seen)})
     print(f"Scores, figures and masks are in {output}")

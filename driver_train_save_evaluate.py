@@ -55,6 +55,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--one-region", action=flag, default=True, help="keep one region of a mask, without holes")
     add("--threshold", type=float, metavar="P", help="of a lesion (default: chosen by validation)")
     add("--output", default="output", metavar="DIR", help="folder of the results (%(default)s)")
+    add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
+    add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")
     add("--num-imgs", type=non_negative_int, default=4, metavar="N", help="images to plot (4)")
     options = parser.parse_args(arguments)
     folder = Path(options.image_dir or SAMPLE / "input").resolve()
@@ -196,7 +198,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
     segment.results(
         segment.create_generator(images, masks, **shape), iter(predictions), findings=findings,
-        num_imgs=options.num_imgs, output_dir=output,
+        num_imgs=options.num_imgs, output_dir=output, compare=options.compare,
+        metadata=options.metadata,
         history=None if options.folds else segment.model_record(model).history,
         notes={"model": str(path)})
     print(f"Scores, figures and masks are in {output}")

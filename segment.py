@@ -78,7 +78,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter, ImageOps
 from PIL.JpegImagePlugin import jpeg_factory
-from scipy import ndimage, sparse, stats
+from scipy import ndimage, sparse, spatial, stats
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 from sklearn.neighbors import NearestNeighbors
@@ -89,10 +89,11 @@ __all__ = [  # noqa: RUF022, in the order of the sections
     "load_input_image", "load_segmented_image", "PairCache", "inspect", "plot_image_sizes",
     "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split",
     "cross_validation_splits", "create_generator", "create_model", "METRICS", "dice_coefficient",
-    "dice_loss", "dice_cross_entropy_loss", "score_masks", "train_model", "predict", "predict_each",
-    "segment_image", "choose_threshold", "estimate_dice", "describe_device", "data_parallel",
-    "make_deterministic", "model_record", "save_model", "load_model", "load_weights",
-    "export_model", "stored_test_split", "image_ids_seen", "results", "restore_masks", "summarize",
+    "dice_loss", "dice_cross_entropy_loss", "score_masks", "boundary_distances", "train_model",
+    "predict", "predict_each", "segment_image", "choose_threshold", "estimate_dice",
+    "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
+    "load_model", "load_weights", "export_model", "stored_test_split", "image_ids_seen", "results",
+    "restore_masks", "summarize", "read_scores", "compare_scores", "read_metadata", "subgroups",
     "plot_predictions", "plot_dice_histogram", "plot_history", "save_figure", "run_driver",
 ]  # fmt: skip
 
@@ -105,6 +106,7 @@ NO_IMAGE = r"(?i)(_superpixels|_overlay|^image_sizes|_R\d+_Label\d+)$"  # of ISI
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all that is decoded; MPO belongs to JPEG
 MAX_PIXELS = {"JPEG": 2**28, "MPO": 2**28}  # decoded at a reduced scale; of others 2**26
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
+DISTANCES = ("hd95", "assd")  # of outlines, in per cent of the image's diagonal; no scores
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
 PRETRAINED = Path(__file__).with_name("pretrained.keras")
 RINGS, ANGLES = 16, 64  # samples of a lesion signature
@@ -1266,12 +1268,11 @@ def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
     Returns the six scores by their names in `METRICS`.
     """
     truth, prediction = np.asarray(truth), np.asarray(prediction)
-    shapes = f"{truth.shape} and {prediction.shape}"
-    same = truth.shape == prediction.shape and truth.size > 0
-    _require(same, f"The masks have the shapes {shapes}: expected two equal ones.")
+    _require(truth.shape == prediction.shape and truth.size > 0, "The masks have the shapes "
+             f"{truth.shape} and {prediction.shape}: expected two equal ones.")
     for name, mask in {"truth": truth, "prediction": prediction}.items():
         found = f"The {name} holds values of {mask.min()} to {mask.max()}"
-        _require(bool(np.isin(mask, (0, 1)).all()), f"{found}: expected a mask of 0 and 1.")
+        _require(np.array_equal(mask, mask > 0), f"{found}: expected a mask of 0 and 1.")
     hit = int(np.count_nonzero((truth == 1) & (prediction == 1)))
     missed, extra = int(np.count_nonzero(truth)) - hit, int(np.count_nonzero(prediction)) - hit
     rest = truth.size - hit - missed - extra
@@ -1288,6 +1289,24 @@ def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
 
 def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
+
+
+def boundary_distances(truth: Array, prediction: Array) -> dict[str, float]:
+    """Measures the distances between the outlines of two masks in per cent of the image's diagonal.
+
+    An outline is the lesion pixels with background, or the edge of the image, above, below, left or
+    right. As in MONAI and Metrics Reloaded, `"hd95"` is the larger directed 95th percentile and
+    `"assd"` the mean over both outlines. Both are 100 if one mask is empty, and 0 if both are.
+    """
+    dice, size = score_masks(truth, prediction)["dice"], np.shape(truth)[:2]  # checks the masks
+    masks = (np.pad(np.reshape(mask, size), 1).astype(np.int8) for mask in (truth, prediction))
+    # A lesion pixel has fewer than four lesion neighbours where the Laplacian is negative.
+    a, b = (np.argwhere(np.diff(m, 2, 0)[:, 1:-1] + np.diff(m, 2, 1)[1:-1] < 0) for m in masks)
+    if not (len(a) and len(b)):
+        return dict.fromkeys(DISTANCES, 100 * (1 - dice))
+    there, back = spatial.KDTree(b).query(a)[0], spatial.KDTree(a).query(b)[0]
+    hd95, percent = max(np.percentile(there, 95), np.percentile(back, 95)), 100 / math.hypot(*size)
+    return {"hd95": float(percent * hd95), "assd": float(percent * np.hstack([there, back]).mean())}
 
 
 # --- 7. Training and prediction ---------------------------------------------------------------
@@ -2022,7 +2041,8 @@ def _check_predictions(generator: ImageGenerator, predictions: Array | Iterator[
 def results(
     test_generator: ImageGenerator, predictions: Array | Iterator[Array], *, num_imgs: int = 4,
     history: Mapping[str, Sequence[float]] | None = None, output_dir: StrPath | None = None,
-    notes: Mapping[str, Any] | None = None, findings: Sequence[Finding] = ()
+    notes: Mapping[str, Any] | None = None, findings: Sequence[Finding] = (),
+    compare: StrPath | None = None, metadata: StrPath | None = None
 ) -> list[dict[str, Any]]:
     """Scores each image at its original resolution; prints, plots and writes the results.
 
@@ -2039,11 +2059,19 @@ def results(
             figures (PNG), `report.html` and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
         findings: Those of `usable_pairs`; files left out and resized masks are entries as well.
+        compare: The `scores.csv` of another run, whose `compare_scores` joins the summary.
+        metadata: A table about the images, by which `subgroups` are scored.
 
     Returns:
-        For each image its `"id"`, the `METRICS` if it has a mask, and `"estimated_dice"`.
+        For each image its `"id"` and `"estimated_dice"`, and if it has a mask the `METRICS`, the
+        `DISTANCES` and `"lesion"`, the id of the first image that shows the same lesion.
     """
     _check_predictions(test_generator, predictions)
+    others = [] if compare is None else read_scores(compare)
+    ids = {*_unique_names([image for image, _ in test_generator.pairs])}
+    table = {} if metadata is None else read_metadata(metadata, ids)
+    common = test_generator.mask_paths is not None and any(row["id"] in ids for row in others)
+    _require(compare is None or common, f"{compare}: expected scores of these images, and masks.")
     output = None if output_dir is None else Path(output_dir)
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
@@ -2058,10 +2086,17 @@ def results(
         later = [k for k in drawn if k >= num_imgs]
         if len(later) > num_imgs:  # keep only what is drawn
             del drawn[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
+    _add_lesions(scores, test_generator)
     left_out = [finding.path for finding in findings if finding.severity == "error"]
     resized = sum(finding.kind == "resized masks" for finding in findings)
     notes = {**(notes or {}), "left_out": left_out, "resized_masks": resized}
     summary = {"threshold": lesion.threshold, **notes, **summarize(scores)}
+    if others:
+        summary["comparison"] = {"file": str(compare), **compare_scores(scores, others)}
+    if test_generator.mask_paths is not None:
+        properties = {score["id"]: _measure_properties(test_generator, pair) | table.get(
+            score["id"], {}) for score, pair in zip(scores, test_generator.pairs, strict=True)}
+        summary["subgroups"] = subgroups(scores, properties)
     print(_report(summary))
     if output:
         _write_table(output / "scores.csv", scores)
@@ -2122,7 +2157,7 @@ def _score_image(
     if mask_path is not None:
         _check_same_size(image_path, mask_path, generator.cache.fit_masks)
         (truth,) = _decode(mask_path, [None], mask=True, fit_to=size)
-        scores |= score_masks(truth[..., 0], mask)
+        scores |= score_masks(truth[..., 0], mask) | boundary_distances(truth[..., 0], mask)
     if output is not None:
         _save_image(mask * np.uint8(255), output / "masks" / f"{scores['id']}_segmentation.png")
         scores["thumbnail"] = _thumbnail(_pictures(generator, prediction, pair))
@@ -2135,6 +2170,15 @@ def _score_image(
     return {**scores, "estimated_dice": float(estimate)}
 
 
+def _add_lesions(scores: Sequence[dict[str, Any]], generator: ImageGenerator) -> None:
+    ids = dict(zip(generator.pairs, (score["id"] for score in scores), strict=True))
+    if generator.mask_paths is not None:
+        for lesion in _group_lesions(list(ids), generator.image_size, generator.cache):
+            ids |= dict.fromkeys(lesion, ids[lesion[0]])
+        for score, pair in zip(scores, generator.pairs, strict=True):
+            score["lesion"] = ids[pair]
+
+
 def _save_image(image: Array, path: Path) -> None:
     with _written_whole(path) as temporary:
         Image.fromarray(image).save(temporary, quality=90)
@@ -2144,13 +2188,14 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarizes the scores that `results` returned, beyond their mean.
 
     Returns `"images"`, the ten lowest estimates as `"doubtful": {id: estimate}`, and for each score
-    `{"mean", "median", "std", "p10", "min"}`. With masks also `"worst": {id: Dice}`, `"failures"`,
-    `"estimate_rank_correlation"` (Spearman's, with Dice) and `"estimate_roc_auc"` (how well the
-    estimate separates failures from successes), both `None` where they are undefined.
+    `{"mean", "std", "median", "p10", "p90", "min", "max", "ci95"}`, the last one the 95 % interval
+    of the mean, by lesion, or `None` for a single lesion. With masks also `"worst": {id: Dice}`,
+    `"failures"`, `"estimate_rank_correlation"` (Spearman's, with Dice) and `"estimate_roc_auc"`
+    (how well the estimate separates failures from successes), both `None` where undefined.
     """
     _require(len(scores) > 0, "There are no scores to summarize: score at least one image.")
     columns = {name: [score[name] for score in scores] for name in scores[0]}
-    ids = columns.pop("id")
+    ids, lesions = columns.pop("id"), columns.pop("lesion", None)
     summary: dict[str, Any] = {"images": len(scores)}
     for title, name in (("worst", "dice"), ("doubtful", "estimated_dice")):
         if name in columns:
@@ -2164,31 +2209,155 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         auc = float(roc_auc_score(~failed, estimate)) if len(set(failed)) > 1 else None
         summary["failures"] = int(failed.sum())
         summary |= {"estimate_rank_correlation": rank, "estimate_roc_auc": auc}
+    statistics = ("mean", "std", "median", "p10", "p90", "min", "max")
     for name, values in columns.items():
-        p10, median = np.percentile(values, (10, 50))
-        numbers = {"mean": np.mean(values), "median": median, "std": np.std(values)}
-        numbers |= {"p10": p10, "min": min(values)}
-        summary[name] = {statistic: float(number) for statistic, number in numbers.items()}
+        numbers = np.mean(values), np.std(values), *np.percentile(values, (50, 10, 90, 0, 100))
+        summary[name] = dict(zip(statistics, map(float, numbers), strict=True))
+        summary[name]["ci95"] = _mean_interval(values, lesions or ids)
     return summary
+
+
+def _mean_interval(values: Array | Sequence[float], lesions: Sequence[str]) -> list[float] | None:
+    """The 95 % confidence interval of a mean, by a bootstrap that draws whole lesions."""
+    _, numbers, counts = np.unique(lesions, return_inverse=True, return_counts=True)
+    if len(counts) == 1:
+        return None
+    bounds = stats.bootstrap(
+        (np.bincount(numbers, values), counts), lambda s, n, axis: s.sum(axis) / n.sum(axis),
+        paired=True, n_resamples=2000, batch=100, method="percentile", random_state=0)
+    return [float(bound) for bound in bounds.confidence_interval]
+
+
+def read_scores(path: StrPath) -> list[dict[str, Any]]:
+    """Reads a `scores.csv` that `results` wrote for images with masks."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [{key: cell if key in ("id", "lesion") else float(cell) for key, cell in
+                     row.items()} for row in csv.DictReader(file)]
+        ids = {row["id"] for row in rows if 0 <= float(row["dice"]) <= 1}
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise SegmentError(f"{path}: expected a scores.csv with id and dice ({error}).") from error
+    _require(len(ids) == len(rows), f"{path} has {len(rows)} rows for {len(ids)} ids: expected 1.")
+    return rows
+
+
+def compare_scores(scores: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compares the Dice of two runs image by image, as `results` or `read_scores` returned it.
+
+    Returns `"images"` (in both), `"unmatched"` (in one), `"mean_difference"` (above 0 if `scores`
+    are better), `"ci95"`, `"wilcoxon_p"`, `"wins"`, `"ties"`, `"losses"`, `"most_changed"` (ten).
+    """
+    there = {row["id"]: float(row["dice"]) for row in others if "dice" in row}
+    both = [row for row in scores if row["id"] in there and "dice" in row]
+    _require(bool(both), "No image has a Dice in both: compare scores of the same images.")
+    change = np.array([float(row["dice"]) - there[row["id"]] for row in both])
+    return {
+        "images": len(both), "unmatched": len(scores) + len(others) - 2 * len(both),
+        "mean_difference": float(change.mean()), "wins": int((change > 0).sum()),
+        "ties": int((change == 0).sum()), "losses": int((change < 0).sum()),
+        "ci95": _mean_interval(change, [row.get("lesion", row["id"]) for row in both]),
+        "wilcoxon_p": float(stats.wilcoxon(change).pvalue) if change.any() else 1.0,
+        "most_changed": {both[i]["id"]: float(change[i]) for i in np.argsort(-abs(change))[:10]},
+    }
+
+
+def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Reads a table about images, as ISIC ships it: returns the row of each of the ids.
+
+    The id column is the one that names most of them; ids without a row are left out.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            dialect = csv.Sniffer().sniff(file.readline(), ",;\t")
+            file.seek(0)
+            rows = list(csv.DictReader(file, restval="", dialect=dialect))
+    except (OSError, ValueError, csv.Error) as error:
+        raise SegmentError(f"{path}: expected a CSV file with a header ({error}).") from error
+    ids, best = set(ids), dict[str, dict[str, str]]()
+    for column in rows[0] if rows else ():
+        others = {image_id(row.pop(column)): row for row in map(dict, rows)}
+        best = max(best, {id_: others[id_] for id_ in ids & {*others}}, key=len)
+    _require(bool(best), f"{path}: no column holds the id of one of these {len(ids)} images.")
+    return best
+
+
+def subgroups(
+    scores: Sequence[Mapping[str, Any]], properties: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Scores the groups of images that share a property, given as `{id: {property: value}}`.
+
+    Numbers are grouped by quartile. A property with more than 20 other values is left out.
+
+    Returns:
+        For each group `{"property", "group", "images", "dice", "ci95", "failures"}`, with the mean
+        Dice and its interval as in `summarize`.
+    """
+    table = []
+    for name in dict.fromkeys(itertools.chain(*properties.values())):
+        known = [score for score in scores if name in properties.get(score["id"], ())]
+        groups = _group_values([properties[score["id"]][name] for score in known])
+        for group, indices in groups.items() if 1 < len(groups) <= 20 else ():
+            chosen = [known[i] for i in indices]
+            dice = [float(score["dice"]) for score in chosen]
+            interval = _mean_interval(dice, [score.get("lesion", score["id"]) for score in chosen])
+            failures = sum(float(score["jaccard"]) < JACCARD_FAILURE for score in chosen)
+            table.append({"property": name, "group": group, "images": len(chosen),
+                          "dice": float(np.mean(dice)), "ci95": interval, "failures": failures})
+    return table
+
+
+def _group_values(values: Sequence[Any]) -> dict[str, list[int]]:
+    """The indices of the values in each group, in the order of the values, the missing last."""
+    missing = {"", "na", "nan", "none", "null", "unknown"}
+    texts = [str(value).strip() for value in values]
+    texts = ["missing" if text.lower() in missing else text for text in texts]
+    ranks: list[Any] = [(text == "missing", text) for text in texts]
+    with contextlib.suppress(ValueError):  # if one is no number
+        ranks = [math.inf if text == "missing" else float(text) for text in texts]
+        known = [rank for rank in ranks if rank < math.inf]
+        if len(set(known)) > 8:
+            edges = np.unique(np.quantile(known, (0, 0.25, 0.5, 0.75, 1)))
+            bins = np.searchsorted(edges[1:-1], ranks, "right")
+            texts = ["missing" if rank == math.inf else f"{edges[i]:.4g} to {edges[i + 1]:.4g}"
+                     for rank, i in zip(ranks, bins, strict=True)]
+    groups: dict[str, list[int]] = {}
+    for i in sorted(range(len(texts)), key=ranks.__getitem__):
+        groups.setdefault(texts[i], []).append(i)
+    return groups
+
+
+def _measure_properties(generator: ImageGenerator, pair: Pair) -> dict[str, float]:
+    """What goes with errors: the sizes of image and lesion, and how much darker it is than skin."""
+    height, width = _size_of(pair[0])
+    frame = _crop(generator.cache.load(*pair, generator.image_size), (height, width))
+    grey, lesion = frame[..., :3].mean(axis=2), frame[..., 3] > 0
+    skin = grey[~lesion] if not lesion.all() else grey
+    darker = skin.mean() - grey[lesion].mean() if lesion.any() else 0.0
+    return {"megapixels": height * width / 1e6, "lesion in % of the image": 100 * lesion.mean(),
+            "lesion darker than skin, of 255": float(darker)}
 
 
 def _report(summary: Mapping[str, Any]) -> str:
     """The printed summary: a table of the scores, the failures, the images to look at first."""
-    count, scored = summary["images"], "dice" in summary
-    verb = "scored" if scored else "segmented"
+    count, failures = summary["images"], summary.get("failures")
+    verb = "segmented" if failures is None else "scored"
     lines = [f"{count} images, each {verb} at its original resolution"]
-    columns = ("mean", "median", "p10", "min")
-    lines.append(f"{'':20}" + "".join(f"{column:>10}" for column in columns))
-    for name in filter(summary.__contains__, (*METRICS, "estimated_dice")):
-        values = "".join(f"{summary[name][column]:10.6f}" for column in columns)
-        lines.append(f"{name.replace('_', ' '):20}{values}")
-    if scored:
-        failures = summary["failures"]
+    lines.append(f"{'':19}       mean     median    p10/p90    min/max   95 % interval")
+    for name in filter(summary.__contains__, (*METRICS, *DISTANCES, "estimated_dice")):
+        unit, *worst = (" %", "p90", "max") if name in DISTANCES else ("", "p10", "min")
+        values = "".join(f"{summary[name][column]:11.6f}" for column in ("mean", "median", *worst))
+        interval = " to ".join(f"{bound:.4f}" for bound in summary[name]["ci95"] or ())
+        lines.append(f"{name.replace('_', ' ') + unit:19}{values}  {interval}".rstrip())
+    if failures is not None:
         lines.append(f"Failures (Jaccard < {JACCARD_FAILURE}): {failures} ({failures / count:.1%})")
     titles = {"worst": "Worst images by Dice", "doubtful": "Check first, by estimated Dice"}
     for name in filter(summary.__contains__, titles):
         lines.append(f"{titles[name]}:")
         lines += [f"  {id_}  {dice:.6f}" for id_, dice in list(summary[name].items())[:5]]
+    if (comparison := summary.get("comparison")) is not None:
+        interval = " to ".join(f"{b:+.6f}" for b in comparison["ci95"] or ()) or "one lesion"
+        lines.append("Compared with {file}: Dice {mean_difference:+.6f} ({}), p = {wilcoxon_p:.2g},"
+                     " {wins} better, {ties} equal, {losses} worse".format(interval, **comparison))
     return "\n".join(lines)
 
 
@@ -2355,9 +2524,12 @@ def _write_page(
     """Writes `report.html`, a single file: tables, plots, and all images to sort and filter."""
     _, *names = scores[0]
     facts = [{"": name, "value": v} for name, v in summary.items() if isinstance(v, int | float)]
+    comparison = [{"comparison": k, "value": v} for k, v in summary.get("comparison", {}).items()
+                  if not isinstance(v, dict)]
     top, bottom = PAGE.substitute(
         total=len(scores), failure=JACCARD_FAILURE, unscored="hidden" * ("dice" not in names),
-        tables=_table(facts) + _table([{"": n, **summary[n]} for n in names if n in summary]),
+        tables=_table(facts) + _table([{"": n, **summary[n]} for n in names if n in summary])
+               + _table(summary.get("subgroups", [])) + _table(comparison),
         plots="".join('<img alt="" src="data:image/png;base64,'
                       f'{base64.b64encode((output / name).read_bytes()).decode()}">'
                       for name in ("histogram.png", "training.png")[: 1 + bool(history)]),

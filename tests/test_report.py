@@ -118,11 +118,12 @@ def test_every_image_has_one_card_with_its_scores(make_pairs: MakePairs, tmp_pat
     assert [text.strip() for _, text in page.cards()] == [score["id"] for score in scores]
     for i, ((attrs, _), score) in enumerate(zip(page.cards(), scores, strict=True)):
         assert (attrs["id"], attrs["href"], attrs["data-id"]) == (f"{i}", f"#{i}", score["id"])
-        numbers = {name: f"{value:.4f}" for name, value in score.items() if name != "id"}
+        numbers = {name: segment._text(value) for name, value in score.items() if name != "id"}
         assert {name: attrs[f"data-{name}"] for name in numbers} == numbers
         assert attrs["title"] == ", ".join(f"{name} {number}" for name, number in numbers.items())
     options = [text for _, text in page.all("option")]
-    assert options == [*segment.METRICS, "estimated_dice", "id"]  # the first one is selected
+    scores_and_lesion = [*segment.METRICS, *segment.DISTANCES, "estimated_dice", "lesion"]
+    assert options == [*scores_and_lesion, "id"]  # the first one is selected
     assert len(page.all("circle")) == 5
     for (dot, _), score in zip(page.all("circle"), scores, strict=True):
         place = 100 * score["estimated_dice"], 100 - 100 * score["dice"]
@@ -227,26 +228,23 @@ def test_the_tables_hold_the_numbers_of_the_summary_and_no_path(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = segment.create_generator(*make_pairs(4, (90, 120)), image_size=FRAME)
-    summarize = segment.summarize
-
-    def with_interval(scores: Any) -> dict[str, Any]:
-        summary = summarize(scores)
-        summary["dice"]["ci95"] = [0.25, 0.75]
-        return summary
-
-    monkeypatch.setattr(segment, "summarize", with_interval)
-    notes = {"model": "/home/jane/unet.keras", "left_out": ["/home/jane/b.png"], "resized_masks": 2}
-    scores = segment.results(generator, predict(generator), output_dir=tmp_path, notes=notes)
-    page, summary = _Page(tmp_path), summarize(scores)
+    monkeypatch.setattr(segment, "_mean_interval", lambda *_: [0.25, 0.75])
+    bad, fitted = (("error", "unusable", "/home/jane/b.png"), ("warning", "resized masks", "a.png"))
+    findings = [segment.Finding(*bad, "damaged"), *[segment.Finding(*fitted, "resized")] * 2]
+    notes = {"model": "/home/jane/unet.keras"}
+    scores = segment.results(
+        generator, predict(generator), output_dir=tmp_path, notes=notes, findings=findings
+    )
+    page, summary = _Page(tmp_path), segment.summarize(scores)
     facts = dict(page.table(0)[1:])
     assert "jane" not in page.source
     assert (facts["resized_masks"], facts["images"], facts["threshold"]) == ("2", "4", "0.5000")
     assert facts["failures"] == str(summary["failures"])
     header, *rows = page.table(1)
-    assert header == ["", "mean", "median", "std", "p10", "min", "ci95"]
-    assert rows[0] == ["dice", *(f"{n:.4f}" for n in summary["dice"].values()), "0.2500 – 0.7500"]
-    assert [row[0] for row in rows] == [*segment.METRICS, "estimated_dice"]
-    assert rows[1][1:] == [*(f"{n:.4f}" for n in summary["jaccard"].values()), ""]
+    assert header == ["", "mean", "std", "median", "p10", "p90", "min", "max", "ci95"]
+    numbers = [f"{summary['dice'][name]:.4f}" for name in header[1:-1]]
+    assert rows[0] == ["dice", *numbers, "0.2500 – 0.7500"]
+    assert [row[0] for row in rows] == [*segment.METRICS, *segment.DISTANCES, "estimated_dice"]
 
 
 def test_any_rows_become_a_table() -> None:

@@ -104,7 +104,7 @@ def test_the_summary_is_printed_with_the_worst_first(
     scores = segment.results(generator, predictions)
     printed = capsys.readouterr().out
     dice = [score["dice"] for score in scores]
-    assert f"dice                {np.mean(dice):10.6f}{np.median(dice):10.6f}" in printed
+    assert f"dice               {np.mean(dice):11.6f}{np.median(dice):11.6f}" in printed
     failures = sum(score["jaccard"] < 0.65 for score in scores)
     assert f"Failures (Jaccard < 0.65): {failures} ({failures / 5:.1%})" in printed
     listed = [line.split() for line in printed.splitlines() if line.startswith("  ISIC")]
@@ -120,9 +120,11 @@ def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_pa
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert ",".join(header) == (
-        "id,dice,jaccard,thresholded_jaccard,sensitivity,specificity,accuracy,estimated_dice"
+        "id,dice,jaccard,thresholded_jaccard,sensitivity,specificity,accuracy,hd95,assd,"
+        "estimated_dice,lesion"
     )
-    assert [[row[0], *map(float, row[1:])] for row in rows] == [list(s.values()) for s in scores]
+    read = [[row[0], *map(float, row[1:-1]), row[-1]] for row in rows]
+    assert read == [list(score.values()) for score in scores]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["dice"]["mean"] == pytest.approx(np.mean([s["dice"] for s in scores]))
     assert (summary["images"], summary["threshold"]) == (5, 0.4)
@@ -243,12 +245,14 @@ def test_the_worst_figure_shows_the_worst_and_its_outlines_in_their_colours(
 
 def test_statistics_are_those_of_numpy() -> None:
     dice = [0.1, 0.5, 0.9, 0.7, 0.3, 0.8, 0.2, 0.6, 0.4, 1.0, 0.95]
-    metrics = (*segment.METRICS, "estimated_dice")
+    metrics = (*segment.METRICS, *segment.DISTANCES, "estimated_dice")
     scores = [{"id": str(i), **dict.fromkeys(metrics, d)} for i, d in enumerate(dice)]
     summary = segment.summarize(scores)
-    assert summary["dice"] == pytest.approx(
-        {"mean": np.mean(dice), "median": 0.6, "std": np.std(dice), "p10": 0.2, "min": 0.1}
-    )
+    expected = {"mean": np.mean(dice), "std": np.std(dice), "median": 0.6, "p10": 0.2}
+    expected |= {"p90": 0.95, "min": 0.1, "max": 1.0}
+    for name in metrics:
+        del summary[name]["ci95"]
+        assert summary[name] == pytest.approx(expected)
     assert summary["failures"] == 6
     assert list(summary["worst"].values()) == sorted(dice)[:10]
     with pytest.raises(segment.SegmentError, match="at least one image"):
