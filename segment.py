@@ -2086,17 +2086,16 @@ def results(
         later = [k for k in drawn if k >= num_imgs]
         if len(later) > num_imgs:  # keep only what is drawn
             del drawn[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
-    _add_lesions(scores, test_generator)
-    left_out = [finding.path for finding in findings if finding.severity == "error"]
-    resized = sum(finding.kind == "resized masks" for finding in findings)
-    notes = {**(notes or {}), "left_out": left_out, "resized_masks": resized}
-    summary = {"threshold": lesion.threshold, **notes, **summarize(scores)}
+    summary = {"threshold": lesion.threshold, **(notes or {})}
+    summary["left_out"] = [finding.path for finding in findings if finding.severity == "error"]
+    summary["resized_masks"] = sum(finding.kind == "resized masks" for finding in findings)
+    if test_generator.mask_paths is not None:
+        properties = _examine_pairs(scores, test_generator)
+        merged = {id_: row | table.get(id_, {}) for id_, row in properties.items()}
+        summary["subgroups"] = subgroups(scores, merged)
     if others:
         summary["comparison"] = {"file": str(compare), **compare_scores(scores, others)}
-    if test_generator.mask_paths is not None:
-        properties = {score["id"]: _measure_properties(test_generator, pair) | table.get(
-            score["id"], {}) for score, pair in zip(scores, test_generator.pairs, strict=True)}
-        summary["subgroups"] = subgroups(scores, properties)
+    summary |= summarize(scores)
     print(_report(summary))
     if output:
         _write_table(output / "scores.csv", scores)
@@ -2170,13 +2169,25 @@ def _score_image(
     return {**scores, "estimated_dice": float(estimate)}
 
 
-def _add_lesions(scores: Sequence[dict[str, Any]], generator: ImageGenerator) -> None:
+def _examine_pairs(
+    scores: Sequence[dict[str, Any]], generator: ImageGenerator
+) -> dict[str, dict[str, Any]]:
+    """Adds the lesion to each score; returns by id what goes with errors, as seen in the frame."""
     ids = dict(zip(generator.pairs, (score["id"] for score in scores), strict=True))
-    if generator.mask_paths is not None:
-        for lesion in _group_lesions(list(ids), generator.image_size, generator.cache):
-            ids |= dict.fromkeys(lesion, ids[lesion[0]])
-        for score, pair in zip(scores, generator.pairs, strict=True):
-            score["lesion"] = ids[pair]
+    for lesion in _group_lesions(list(ids), generator.image_size, generator.cache):
+        ids |= dict.fromkeys(lesion, ids[lesion[0]])
+    properties = {}
+    for score, pair in zip(scores, generator.pairs, strict=True):
+        score["lesion"] = ids[pair]
+        height, width = _size_of(pair[0])
+        frame = _crop(generator.cache.load(*pair, generator.image_size), (height, width))
+        grey, lesion_mask = frame[..., :3].mean(axis=2), frame[..., 3]
+        contrast = [grey.mean(where=lesion_mask == part) if (lesion_mask == part).any() else np.nan
+                    for part in (0, 1)]
+        properties[score["id"]] = {
+            "megapixels": height * width / 1e6, "lesion, % of the image": 100 * lesion_mask.mean(),
+            "skin less lesion, grey levels": contrast[0] - contrast[1]}
+    return properties
 
 
 def _save_image(image: Array, path: Path) -> None:
@@ -2324,17 +2335,6 @@ def _group_values(values: Sequence[Any]) -> dict[str, list[int]]:
     for i in sorted(range(len(texts)), key=ranks.__getitem__):
         groups.setdefault(texts[i], []).append(i)
     return groups
-
-
-def _measure_properties(generator: ImageGenerator, pair: Pair) -> dict[str, float]:
-    """What goes with errors: the sizes of image and lesion, and how much darker it is than skin."""
-    height, width = _size_of(pair[0])
-    frame = _crop(generator.cache.load(*pair, generator.image_size), (height, width))
-    grey, lesion = frame[..., :3].mean(axis=2), frame[..., 3] > 0
-    skin = grey[~lesion] if not lesion.all() else grey
-    darker = skin.mean() - grey[lesion].mean() if lesion.any() else 0.0
-    return {"megapixels": height * width / 1e6, "lesion in % of the image": 100 * lesion.mean(),
-            "lesion darker than skin, of 255": float(darker)}
 
 
 def _report(summary: Mapping[str, Any]) -> str:
@@ -2586,7 +2586,7 @@ def run_driver(
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda what, *_, **__: print(f"Warning: {what}", file=sys.stderr)
-            _check_output(options)
+            _check_files(options)
             logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of a trace for each fold
             with startup():
                 sharing, device = data_parallel(devices), describe_device()
@@ -2603,8 +2603,10 @@ def run_driver(
     return 0
 
 
-def _check_output(options: Any) -> None:
-    """Refuses an output folder in which results would mix with the images or replace masks."""
+def _check_files(options: Any) -> None:
+    """Refuses tables that are missing, and an output folder in which results mix with images."""
+    for path in filter(None, (getattr(options, name, None) for name in ("compare", "metadata"))):
+        _require(Path(path).is_file(), f"{path}: there is no such file.")
     if (output := getattr(options, "output", None)) is not None:
         written = {Path(output, name).resolve() for name in ("", "masks", "overlays")}
         folders = filter(None, (options.image_dir, options.mask_dir))

@@ -603,6 +603,35 @@ def test_both_drivers_take_a_threshold(
     assert "--threshold 1.5: expected a probability" in capsys.readouterr().err
 
 
+def test_two_runs_are_compared_and_subgroups_scored(
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "people.csv"
+    sexes = [f"ISIC_{i:07},{'male' if i % 2 else 'female'}" for i in range(12)]
+    table.write_text("\n".join(["image_id,sex", *sexes]))
+    assert train("--metadata", str(table)) == 0
+    assert load("--compare", str(tmp_path / "trained" / "scores.csv")) == 0
+    assert "Compared with" in capsys.readouterr().out
+    trained, loaded = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("trained", "loaded")
+    )
+    comparison = loaded["comparison"]
+    assert [comparison[name] for name in ("images", "wins", "ties", "losses")] == [3, 0, 3, 0]
+    groups = [row for row in trained["subgroups"] if row["property"] == "sex"]
+    counts = {row["group"]: row["images"] for row in groups}
+    odd = sum(int(row["id"][-1]) % 2 for row in rows(tmp_path / "trained"))
+    assert counts == {name: n for name, n in (("female", 3 - odd), ("male", odd)) if n}
+
+
+@pytest.mark.parametrize("option", ["--compare", "--metadata"])
+def test_a_missing_table_is_reported_before_the_training(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert train(option, "nowhere.csv") == 2
+    assert "nowhere.csv: there is no such file" in capsys.readouterr().err
+    assert not (tmp_path / "trained").exists()
+
+
 def test_the_sample_folder_gets_the_defaults_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     sample = ["--image-dir", "images/sample/input", "--mask-dir", "images/sample/truth"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import segment
 
@@ -77,8 +78,6 @@ def test_a_table_of_other_images_is_refused(tmp_path: Path, text: str, message: 
 
 
 def test_size_and_contrast_are_measured_in_the_decoded_pair(tmp_path: Path) -> None:
-    from PIL import Image
-
     image = np.full((40, 60, 3), 200, np.uint8)
     mask = np.zeros((40, 60), np.uint8)
     image[10:20, 10:40], mask[10:20, 10:40] = 80, 255
@@ -86,5 +85,7 @@ def test_size_and_contrast_are_measured_in_the_decoded_pair(tmp_path: Path) -> N
         Image.fromarray(pixels).save(tmp_path / name)
     pairs = segment.find_image_pairs(tmp_path, tmp_path)
     generator = segment.create_generator(*pairs, image_size=(40, 60))
-    megapixels, lesion, darker = segment._measure_properties(generator, generator.pairs[0]).values()
-    assert (megapixels, lesion, darker) == pytest.approx((0.0024, 12.5, 120))
+    row = {"id": "ISIC_1"}
+    properties = segment._examine_pairs([row], generator)["ISIC_1"].values()
+    assert list(properties) == pytest.approx([0.0024, 12.5, 120])
+    assert row["lesion"] == "ISIC_1"
