@@ -1944,7 +1944,7 @@ def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> 
     """Exports to ONNX (`.onnx`), LiteRT (`.tflite`) or a SavedModel (no suffix), in float32.
 
     With `mirror` it averages the flips. A `segment.json` in the ONNX metadata, the folder, or the
-    zip archive that a `.tflite` also is, says how to use it. It is refused if it is over 0.02 off.
+    zip archive that a `.tflite` also is, says how to use it. An error above 0.02 is refused.
     """
     path, kind, backend = Path(path), EXPORTS.get(Path(path).suffix), keras.backend.backend()
     _require(kind is not None and backend == "tensorflow", f"{path} cannot be exported by {backend}"
@@ -1958,8 +1958,8 @@ def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> 
         "height": shape[0], "width": shape[1], "resampling": "bilinear", "mirror_built_in": mirror,
         "input": "uint8 RGB in 0..255", "exporter": describe_device(), "fitting": "Turn by EXIF, "
         "scale evenly to fit, centre on black; crop the result, scale it back, threshold (>=)."}
-    coarse = np.random.default_rng(0).uniform(0, 255, (9, 16, 16, 3))
-    images = ops.convert_to_numpy(ops.cast(ops.image.resize(coarse, shape[:2]), "uint8"))
+    patches = np.random.default_rng(0).uniform(0, 255, (9, 16, 16, 3))  # of which few are clear
+    images = ops.convert_to_numpy(ops.cast(ops.image.resize(patches, shape[:2]), "uint8"))
     if mirror:
         image, flips = keras.Input(shape), [np.s_[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
         lesions = ops.split(network(ops.concatenate([image[flip] for flip in flips]))[0], 4)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import segment
@@ -48,7 +49,7 @@ def test_every_image_in_the_readme_exists() -> None:
 def test_the_notebook_cells_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
 ) -> None:
-    cells = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    cells = re.findall(r"```python\n(.*?)```", section("### In a notebook"), re.DOTALL)
     assert len(cells) == 3
     code = "\n".join(cells).replace("epochs=30", "epochs=1").replace("(128, 128)", "(16, 16)")
     for folder in ("input", "truth"):
@@ -60,3 +61,23 @@ def test_the_notebook_cells_run_in_order(
     exec(code, names)
     assert isinstance(names["scores"], list)
     assert len(names["scores"]) == 1
+
+
+def test_the_program_segments_a_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    (cell,) = re.findall(r"```python\n(.*?)```", section("## Use it in a program"), re.DOTALL)
+    exported: list[object] = []
+    monkeypatch.setattr(segment, "export_model", lambda *args, **_: exported.append(args[1]))
+    photo, *_ = sorted((ROOT / "images" / "sample" / "input").iterdir())
+    (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(cell, names)
+    mask = names["mask"]
+    assert isinstance(mask, np.ndarray)
+    truth = segment.load_segmented_image(
+        ROOT / "images" / "sample" / "truth" / f"{photo.stem}_segmentation.png", None
+    )
+    assert segment.score_masks(truth[..., 0], mask)["jaccard"] > 0.65
+    assert exported == ["unet.onnx"]
