@@ -3,7 +3,7 @@
 Usage: python tests/run_onnx.py MODEL.onnx IMAGE... --output DIR
 
 NumPy, Pillow and ONNX Runtime are enough. The comments say what a program in another language has
-to do. 16-bit images, which `segment` reads as well, are left out.
+to do. Images of 16 bits, which `segment` reads as well, are left out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def load(path: str, frame: Size) -> tuple[Array, Size]:
     box = (height, width) if turned else (width, height)
     image.draft("RGB", (int(1.9 * box[0]), int(1.9 * box[1])))
     image = ImageOps.exif_transpose(image)
-    image = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    image = image.convert("RGB")
     # Bilinear with antialiasing: a triangle that covers all pixels, after averages of 2 x 2 and so
     # on while twice the box is left. The rest of the frame is black.
     small = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2)
@@ -70,7 +70,6 @@ def restore(lesion: Array, size: Size, facts: dict[str, Any]) -> Array:
     # Keep the region with the highest sum of probability - threshold.
     regions = label(mask)
     weights = np.bincount(regions.ravel(), (lesion - facts["threshold"]).ravel())
-    weights[0] = -1
     mask &= regions == np.argmax(weights)
     # Fill the holes: what the background outside of the image does not reach.
     background = label(~np.pad(mask, 1))

@@ -172,23 +172,24 @@ def test_other_suffixes_backends_and_folders_are_refused(
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[str]:
-    """Photos of several sizes and kinds, one of which lies on its side."""
+    """Photos of several kinds and sizes, some on their side, some rounded to even in the frame."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i, size in enumerate([(300, 400), (90, 61), (20, 30), (500, 340)]):
+    for i, size in enumerate([(300, 400), (90, 61), (33, 96), (500, 340), (47, 120)]):
         image = draw_lesion(size, i)[0]
         exif = image.getexif()
         exif[0x0112] = 6 if i in (1, 3) else 1
         image.save(folder / f"isic_{i:07}.jpg", exif=exif, quality=95)
-    draw_lesion((70, 50), 5)[0].quantize(16).save(folder / "Lesion 5.png")
+    draw_lesion((410, 550), 5)[0].save(folder / "Lesion 5.png")
     return segment.find_images(folder)
 
 
 def test_the_runner_loads_images_and_restores_masks_as_segment_does(photos: list[str]) -> None:
     generator = segment.create_generator(photos, image_size=SIZE)
-    rng = np.random.default_rng(0)
-    coarse = keras.ops.image.resize(rng.uniform(size=(len(photos), 9, 9, 1)), SIZE)
-    predictions = np.array(coarse).view(segment.Predictions)
+    coarse = np.random.default_rng(0).uniform(size=(len(photos), 9, 9, 1))
+    predictions = np.array(keras.ops.image.resize(coarse, SIZE)).view(segment.Predictions)
+    predictions[0] = 0.1
+    predictions[0, 2:20, 5:40], predictions[0, 24:30, 20:40] = 0.51, 0.9  # the small one is clearer
     for threshold, one_region in ((0.5, True), (0.3, True), (0.99, True), (0.5, False)):
         predictions.threshold, predictions.one_region = threshold, one_region
         facts = {"threshold": threshold, "one_region": one_region}
@@ -216,7 +217,7 @@ def test_the_runner_segments_as_segment_does_without_keras(
     runner = Path(__file__).with_name("run_onnx.py")
     options = [str(tmp_path / "m.onnx"), *photos, "--output", str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", code, runner, *options], check=True)
-    names = ["Lesion 5", *(f"ISIC_{i:07}" for i in range(4))]
+    names = ["Lesion 5", *(f"ISIC_{i:07}" for i in range(5))]
     lesions = segment.predict(model, generator, verbose=0)
     assert 0.1 < np.mean(lesions >= median) < 0.9
     for name, mask in zip(names, segment.restore_masks(generator, lesions), strict=True):

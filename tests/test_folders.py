@@ -248,6 +248,20 @@ def test_soft_edges_are_thresholded_at_half_if_they_are_few(
     assert ("its edges are soft" if accepted else "expected a mask of 0 and 255") in finding.what
 
 
+def test_a_speckled_picture_is_no_mask(tmp_path: Path) -> None:
+    grey = mask_array() * np.uint8(255)
+    grey[::4, ::4] = np.arange(100, 140).reshape(5, 8)  # each on its own, as in a drawing
+    with pytest.raises(segment.SegmentError, match="expected a mask of 0 and 255"):
+        segment.load_segmented_image(save(Image.fromarray(grey), tmp_path / "m.png"))
+
+
+def test_a_mask_in_the_alpha_channel_is_a_warning(tmp_path: Path) -> None:
+    image = save(Image.new("RGB", (30, 20)), tmp_path / "a.png")
+    mask = save(alpha_masks()["RGBA"], tmp_path / "a_mask.png")
+    kinds = [finding.kind for finding in segment.check_pairs([image], [mask])]
+    assert "masks in the alpha channel" in kinds
+
+
 def test_notes_on_a_mask_are_given_in_every_run_that_shares_a_folder(tmp_path: Path) -> None:
     image = save(Image.new("RGB", (30, 20)), tmp_path / "a.png")
     mask = save(Image.fromarray(mask_array() * 128), tmp_path / "a_mask.png")
