@@ -40,6 +40,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -1611,13 +1612,16 @@ def _predict_batch(
     flips = ((), (2,), (1,), (1, 2)) if mirror else ((),)
     views = np.concatenate([np.flip(images, axes) for axes in flips])  # (flips * N, H, W, 3)
     eager = once and keras.backend.backend() == "tensorflow"  # tracing takes longer than 4 views
+    # The activations of more views at once leave the processor's caches: nearly twice the time.
+    parts = np.split(views, len(flips) if len(images) > 2 else 1)
     back = []
     for model in models:
+        predict = functools.partial(model, training=False) if eager else model.predict_on_batch
         with _fused_norms(model), _each_host_alone():
-            lesions = model(views, training=False) if eager else model.predict_on_batch(views)
-        # Each device of a TensorFlow strategy returns the whole batch.
-        lesions = np.split(np.asarray(lesions)[: len(views)], len(flips))
-        back += [np.flip(lesion, axes) for lesion, axes in zip(lesions, flips, strict=True)]
+            # Each device of a TensorFlow strategy returns the whole batch.
+            lesions = np.concatenate([np.asarray(predict(part))[: len(part)] for part in parts])
+        flipped = np.split(lesions, len(flips))
+        back += [np.flip(lesion, axes) for lesion, axes in zip(flipped, flips, strict=True)]
     return np.asarray(sum(back) / len(back))
 
 
@@ -2587,6 +2591,7 @@ def run_driver(
         with warnings.catch_warnings():
             warnings.showwarning = lambda what, *_, **__: print(f"Warning: {what}", file=sys.stderr)
             _check_files(options)
+            _reuse_freed_memory()
             logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of a trace for each fold
             with startup():
                 sharing, device = data_parallel(devices), describe_device()
@@ -2601,6 +2606,18 @@ def run_driver(
         print(f"Error: {_reason(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _reuse_freed_memory() -> None:
+    """Lets glibc keep what an operation frees for the next one, which halves a training step.
+
+    Otherwise the system takes back large blocks, and clears each page when it is used again.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # of another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has pages of its own
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _check_files(options: Any) -> None:

@@ -154,8 +154,7 @@ def test_one_device_changes_nothing() -> None:
 def test_only_further_hosts_write_to_a_subfolder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_DISTRIBUTION_PROCESS_ID", "1")
     options = driver_train_save_evaluate.parse_options(["--output", "here"])
-    assert options.save == str(Path("here") / "model.keras")
+    assert (options.output, options.save) == ("here", None)
     monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
     options = driver_train_save_evaluate.parse_options(["--output", "here", "--save", "a.keras"])
-    assert options.output == str(Path("here") / "host1")
-    assert options.save == str(Path("here") / "host1" / "model.keras")
+    assert (options.output, options.save) == (str(Path("here") / "host1"), None)
