@@ -50,7 +50,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threshold {options.threshold}: expected a probability between 0 and 1")
     if options.image_dir is None:
         parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
-    if options.mask_dir is None and options.models and not options.all:
+    one = len(options.models) == 1 and not Path(options.models[0]).is_dir()
+    if options.mask_dir is None and one and not options.all:
         parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
     return options
 

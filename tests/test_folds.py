@@ -144,6 +144,9 @@ def test_the_load_driver_takes_the_folder_of_the_folds(
         *segment.find_image_pairs(images, masks), image_size=(32, 32)
     )
     expected = segment.results(generator, segment.predict(models, generator, verbose=0))
+    assert driver_load_evaluate.main([str(tmp_path / "out"), *data[:2], *data[4:]]) == 0
+    assert len(rows(output)) == 12  # segmented without masks
+    assert driver_load_evaluate.main([str(tmp_path / "out"), *data]) == 0
     dice = [float(row["dice"]) for row in rows(output)]
     assert dice == pytest.approx([row["dice"] for row in expected], 1e-3)
     assert len(json.loads((output / "summary.json").read_text())["model"].split(", ")) == 3
