@@ -145,6 +145,12 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     else:
         draw["test_split"] = options.test_split
         splits = [segment.train_val_test_split(images, masks, **draw)]
+    tested = {segment.image_id(path) for *_, test in splits for path in test[0]}
+    if options.metadata is not None:  # tables of other images are refused before the training
+        segment.read_metadata(options.metadata, tested)
+    others = segment.read_scores(options.compare) if options.compare is not None else []
+    if others and not tested & {row["id"] for row in others}:
+        raise segment.SegmentError(f"{options.compare} scores none of the test images.")
 
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}

@@ -632,6 +632,20 @@ def test_a_missing_table_is_reported_before_the_training(
     assert not (tmp_path / "trained").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--compare", "scores none of the test images"), ("--metadata", "no column holds the id")],
+)
+def test_a_table_of_other_images_is_reported_before_the_training(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("id,dice\nISIC_0000099,0.5\n")
+    assert train(option, str(table)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "trained" / "model.keras").exists()
+
+
 def test_the_sample_folder_gets_the_defaults_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     sample = ["--image-dir", "images/sample/input", "--mask-dir", "images/sample/truth"]
