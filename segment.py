@@ -2071,11 +2071,7 @@ def results(
         `DISTANCES` and `"lesion"`, the id of the first image that shows the same lesion.
     """
     _check_predictions(test_generator, predictions)
-    others = [] if compare is None else read_scores(compare)
-    ids = {*_unique_names([image for image, _ in test_generator.pairs])}
-    table = {} if metadata is None else read_metadata(metadata, ids)
-    common = test_generator.mask_paths is not None and any(row["id"] in ids for row in others)
-    _require(compare is None or common, f"{compare}: expected scores of these images, and masks.")
+    others, table = _read_tables(test_generator, compare, metadata)
     output = None if output_dir is None else Path(output_dir)
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
@@ -2105,15 +2101,30 @@ def results(
         _write_table(output / "scores.csv", scores)
         with _written_whole(output / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    _show_figures(_figures(test_generator, drawn, scores, num_imgs, history), output)
+    if output:
+        _write_page(output, summary, scores, thumbnails, history)
+    return scores
+
+
+def _read_tables(
+    generator: ImageGenerator, compare: StrPath | None, metadata: StrPath | None
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """Reads the scores of another run, and the row of each image in a table about them."""
+    others = [] if compare is None else read_scores(compare)
+    ids = {*_unique_names([image for image, _ in generator.pairs])}
+    common = generator.mask_paths is not None and any(row["id"] in ids for row in others)
+    _require(compare is None or common, f"{compare}: expected scores of these images, and masks.")
+    return others, {} if metadata is None else read_metadata(metadata, ids)
+
+
+def _show_figures(figures: Iterable[tuple[str, Figure]], output: Path | None) -> None:
     ipython = sys.modules.get("IPython")
-    for name, figure in _figures(test_generator, drawn, scores, num_imgs, history):
+    for name, figure in figures:
         if output:
             save_figure(figure, output / f"{name}.png")
         if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
             ipython.display.display(figure)
-    if output:
-        _write_page(output, summary, scores, thumbnails, history)
-    return scores
 
 
 def _score_each(
