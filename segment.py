@@ -2290,13 +2290,14 @@ def compare_scores(scores: list[dict[str, Any]], others: list[dict[str, Any]]) -
 def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]]:
     """Reads a table about images, as ISIC ships it: returns the row of each of the ids.
 
-    The id column is the one that names most of them; ids without a row are left out.
+    The id column is the one that names most of them. Ids without a row are counted in a warning.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             dialect = csv.Sniffer().sniff(file.readline(), ",;\t")
             file.seek(0)
-            rows = list(csv.DictReader(file, restval="", dialect=dialect))
+            table = csv.DictReader(file, restval="", dialect=dialect)
+            rows = [{key: cell for key, cell in row.items() if key} for row in table]
     except (OSError, ValueError, csv.Error) as error:
         raise SegmentError(f"{path}: expected a CSV file with a header ({error}).") from error
     ids, best = set(ids), dict[str, dict[str, str]]()
@@ -2304,6 +2305,9 @@ def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]
         others = {image_id(row.pop(column)): row for row in map(dict, rows)}
         best = max(best, {id_: others[id_] for id_ in ids & {*others}}, key=len)
     _require(bool(best), f"{path}: no column holds the id of one of these {len(ids)} images.")
+    if len(best) < len(ids):
+        what = f"{len(ids) - len(best)} of {len(ids)} images have no row"
+        warnings.warn(f"{path}: {what} ({_shorten(sorted(ids - {*best}))}).", stacklevel=2)
     return best
 
 

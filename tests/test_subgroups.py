@@ -54,11 +54,14 @@ def test_names_and_constants_are_no_groups() -> None:
     [
         "image_id,age,sex\nISIC_0000001,55,male\nISIC_0000009,60,\n",
         "lesion_id;image;age;sex\nHAM_1;ISIC_0000001.jpg;55;male\nHAM_1;other;1;\n",
+        "image,age,sex\nISIC_0000001,55,male,a cell too many\nISIC_0000003\n",
         "age\tsex\tisic_id\n55\tmale\tisic_0000001\n",
     ],
 )
 def test_a_table_is_matched_by_the_column_of_the_ids(tmp_path: Path, text: str) -> None:
-    rows = segment.read_metadata(table(tmp_path, text), ["ISIC_0000001", "ISIC_0000002"])
+    path = table(tmp_path, text)
+    with pytest.warns(UserWarning, match=r"1 of 2 images have no row \(ISIC_0000002\)"):
+        rows = segment.read_metadata(path, ["ISIC_0000001", "ISIC_0000002"])
     assert list(rows) == ["ISIC_0000001"]
     assert (rows["ISIC_0000001"]["age"], rows["ISIC_0000001"]["sex"]) == ("55", "male")
 
