@@ -687,7 +687,10 @@ def test_both_drivers_run_from_the_command_line(make_pairs: MakePairs, tmp_path:
         line = [sys.executable, *command, *data(tmp_path), "--output", str(tmp_path / "皮膚")]
         environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
         environment["PYTHONIOENCODING"] = "ascii:strict"  # a terminal that cannot print 皮膚
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+        # On some processors TensorFlow reports that oneDNN lacks an operation.
+        done.stderr = re.sub(r"E0000 .* oneDNN supports .*\n", "", done.stderr)
+        return done
 
     size = ("--image-size", "32", "32", "--epochs", "1")
     trained = run("driver_train_save_evaluate.py", *size)
