@@ -104,6 +104,9 @@ def load_evaluate(options: argparse.Namespace) -> None:
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
         image_sizes=[frame["image_size"]], cache=cache, findings=unpaired,
         output_dir=output, verbose=int(sys.stdout.isatty()))
+    ids = list(map(segment.image_id, images))
+    others = segment.read_scores(options.compare, ids) if options.compare else ()
+    table = segment.read_metadata(options.metadata, ids) if options.metadata else None
     seen = segment.image_ids_seen(models, images) if masks else []
     if seen:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
@@ -116,10 +119,9 @@ def load_evaluate(options: argparse.Namespace) -> None:
     # 6. Show the results: images are scored while the next ones are predicted
     segment.results(
         test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
-        output_dir=output, findings=findings, compare=options.compare, metadata=options.metadata,
-        notes={
-            "model": ", ".join(map(str, files)) if options.models else segment.PRETRAINED.name,
-            "images_used_in_training": len(seen)})
+        output_dir=output, findings=findings, compare=others, metadata=table,
+        notes={"model": ", ".join(map(str, files if options.models else [segment.PRETRAINED.name])),
+               "images_used_in_training": len(seen), "compared_with": options.compare})
     print(f"Scores, figures and masks are in {output}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 SAMPLE = Path(__file__).parent / "images" / "sample"
 ON_ISIC = {"image_size": (96, 128), "test_split": 0.03, "epochs": 60, "batch_size": 8}
 ON_SAMPLE = {"image_size": (128, 128), "test_split": 0.2, "epochs": 20, "batch_size": 4}
+SEVERAL_HOSTS = "KERAS_DISTRIBUTION_NUM_PROCESSES"  # of Keras
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -64,32 +65,29 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.image_dir is None and options.mask_dir is None:
         parser.set_defaults(image_dir=str(SAMPLE / "input"), mask_dir=str(SAMPLE / "truth"))
     options = parser.parse_args(arguments)
-    check_options(options, parser)
+    for error in wrong_options(options):
+        parser.error(error)
+    host = os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0")
+    if SEVERAL_HOSTS in os.environ and host != "0":  # each computes the same, and writes for itself
+        options.output, options.save = str(Path(options.output) / f"host{host}"), None
     return options
 
 
-def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    several_hosts = "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
-    errors = {
-        "--image-dir came without --mask-dir: training needs the masks": not options.mask_dir,
-        "--mask-dir came without --image-dir: give both or none": not options.image_dir,
-        f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices":
-            options.batch_size % options.devices != 0,
-        "--resume continues a training on one host only": several_hosts and options.resume,
-        f"--save {options.save}: the name must end in .keras":
-            options.save is not None and options.save[-6:] != ".keras",
-        "--folds saves a model for each fold: leave out --save": options.folds and options.save,
-        "--val-dir and --val-masks belong together: give both or none":
-            (options.val_dir is None) != (options.val_masks is None),
-        f"--threshold {options.threshold}: expected a probability between 0 and 1":
-            options.threshold is not None and not 0 < options.threshold < 1,
-    }  # fmt: skip
-    for message in (message for message, wrong in errors.items() if wrong):
-        parser.error(message)
-    host = os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0")
-    if several_hosts and host != "0":  # every host computes the same, and writes it for itself
-        options.output = str(Path(options.output) / f"host{host}")
-        options.save = None
+def wrong_options(options: argparse.Namespace) -> Iterator[str]:
+    if (options.image_dir is None) != (options.mask_dir is None):
+        yield "--image-dir and --mask-dir belong together: give both or none"
+    if (options.val_dir is None) != (options.val_masks is None):
+        yield "--val-dir and --val-masks belong together: give both or none"
+    if options.batch_size % options.devices:
+        yield f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices"
+    if options.resume and SEVERAL_HOSTS in os.environ:
+        yield "--resume continues a training on one host only"
+    if options.folds and options.save:
+        yield "--folds saves a model for each fold: leave out --save"
+    if options.save and not options.save.endswith(".keras"):
+        yield f"--save {options.save}: the name must end in .keras"
+    if options.threshold is not None and not 0 < options.threshold < 1:
+        yield f"--threshold {options.threshold}: expected a probability between 0 and 1"
 
 
 def non_negative_int(text: str, least: int = 0) -> int:
@@ -109,12 +107,12 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     if options.deterministic:
         segment.make_deterministic()
     output, (height, width) = Path(options.output), options.image_size
+    twice = (2 * height, 2 * width)  # from which augmentation zooms in
     memory = 0 if options.cache else 2**31
     cache = segment.PairCache(memory, options.cache, fit_masks=options.fit_masks)
 
-    # 1. Load the file names of the images and masks, and check the files. Each is decoded once,
-    # into the frame and into twice the frame, from which augmentation zooms in
-    twice, findings, sets = (2 * height, 2 * width), list[segment.Finding](), []
+    # 1. Load the file names of the images and masks, and check the files, which decodes each once
+    findings, sets = list[segment.Finding](), []
     for folders in [(options.image_dir, options.mask_dir), (options.val_dir, options.val_masks)]:
         if folders[0] is not None:
             images, masks = segment.find_image_pairs(*folders, skip_bad=options.skip_bad)
@@ -145,27 +143,24 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     else:
         draw["test_split"] = options.test_split
         splits = [segment.train_val_test_split(images, masks, **draw)]
-    tested = {segment.image_id(path) for *_, test in splits for path in test[0]}
-    if options.metadata is not None:  # tables of other images are refused before the training
-        segment.read_metadata(options.metadata, tested)
-    others = segment.read_scores(options.compare) if options.compare is not None else []
-    if others and not tested & {row["id"] for row in others}:
-        raise segment.SegmentError(f"{options.compare} scores none of the test images.")
+    images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
+    ids = list(map(segment.image_id, images))  # tables of other images stop it before the training
+    others = segment.read_scores(options.compare, ids) if options.compare else ()
+    table = segment.read_metadata(options.metadata, ids) if options.metadata else None
 
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}
+    how = {"mirror": options.mirror, "one_region": options.one_region}
     predictions = list[segment.Predictions]()
     for fold, (train, val, test) in enumerate(splits, 1):
         folder = output / f"fold{fold}" if options.folds else output
         (val,) = validation or [val]
-        counts = (len(part[0]) for part in (train, val, test))
-        print("{} to train, {} to validate, {} to test on".format(*counts))
+        print(f"{len(train[0])} to train, {len(val[0])} to validate, {len(test[0])} to test on")
 
         # 5. Create a generator for each set
         train_generator = segment.create_generator(
             *train, shuffle=True, augment=True, seed=options.seed, **whole)
         val_generator = segment.create_generator(*val, **whole) if val[0] else None
-        test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
         # 6. Create a new UNet
         keras.utils.set_random_seed(options.seed)
@@ -184,7 +179,6 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             model, train_generator, val_generator, options.epochs, split=(train, val, test),
             learning_rate=options.learning_rate, save_path=path, resume=options.resume,
             resume_path=checkpoint, log_path=folder / "training.csv")
-        how = {"mirror": options.mirror, "one_region": options.one_region}
         threshold = options.threshold
         if threshold is None and val_generator is not None:
             validated = segment.predict(model, val_generator, **how)
@@ -193,21 +187,19 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         print(f"Saved {path}")
 
         # 8. Predict the test set
-        if test_generator is not None:
-            predictions += segment.predict_each(model, test_generator)
+        if test[0]:
+            predictions += segment.predict_each(model, segment.create_generator(*test, **shape))
 
     if not predictions:
         print("No image was held out (--test-split 0): there is nothing to score")
         return
 
     # 9. Show the results: each image as predicted by the model that has not seen it
-    images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
     segment.results(
         segment.create_generator(images, masks, **shape), iter(predictions), findings=findings,
-        num_imgs=options.num_imgs, output_dir=output, compare=options.compare,
-        metadata=options.metadata,
+        num_imgs=options.num_imgs, output_dir=output, compare=others, metadata=table,
         history=None if options.folds else segment.model_record(model).history,
-        notes={"model": str(path)})
+        notes={"model": str(path), "compared_with": options.compare})
     print(f"Scores, figures and masks are in {output}")
 
 

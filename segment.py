@@ -2046,7 +2046,8 @@ def results(
     test_generator: ImageGenerator, predictions: Array | Iterator[Array], *, num_imgs: int = 4,
     history: Mapping[str, Sequence[float]] | None = None, output_dir: StrPath | None = None,
     notes: Mapping[str, Any] | None = None, findings: Sequence[Finding] = (),
-    compare: StrPath | None = None, metadata: StrPath | None = None
+    compare: Sequence[Mapping[str, Any]] = (),
+    metadata: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[dict[str, Any]]:
     """Scores each image at its original resolution; prints, plots and writes the results.
 
@@ -2063,15 +2064,15 @@ def results(
             figures (PNG), `report.html` and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
         findings: Those of `usable_pairs`; files left out and resized masks are entries as well.
-        compare: The `scores.csv` of another run, whose `compare_scores` joins the summary.
-        metadata: A table about the images, by which `subgroups` are scored.
+        compare: Scores of another run (`read_scores`); `compare_scores` joins the summary.
+        metadata: A table about the images (`read_metadata`), by which `subgroups` are scored.
 
     Returns:
         For each image its `"id"` and `"estimated_dice"`, and if it has a mask the `METRICS`, the
         `DISTANCES` and `"lesion"`, the id of the first image that shows the same lesion.
     """
     _check_predictions(test_generator, predictions)
-    others, table = _read_tables(test_generator, compare, metadata)
+    _require(not compare or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
@@ -2091,10 +2092,10 @@ def results(
     summary["resized_masks"] = sum(finding.kind == "resized masks" for finding in findings)
     if test_generator.mask_paths is not None:
         properties = _examine_pairs(scores, test_generator)
-        merged = {id_: row | table.get(id_, {}) for id_, row in properties.items()}
+        merged = {id_: {**row, **(metadata or {}).get(id_, {})} for id_, row in properties.items()}
         summary["subgroups"] = subgroups(scores, merged)
-    if others:
-        summary["comparison"] = {"file": str(compare), **compare_scores(scores, others)}
+    if compare:
+        summary["comparison"] = compare_scores(scores, compare)
     summary |= summarize(scores)
     print(_report(summary))
     if output:
@@ -2105,17 +2106,6 @@ def results(
     if output:
         _write_page(output, summary, scores, thumbnails, history)
     return scores
-
-
-def _read_tables(
-    generator: ImageGenerator, compare: StrPath | None, metadata: StrPath | None
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
-    """Reads the scores of another run, and the row of each image in a table about them."""
-    others = [] if compare is None else read_scores(compare)
-    ids = {*_unique_names([image for image, _ in generator.pairs])}
-    common = generator.mask_paths is not None and any(row["id"] in ids for row in others)
-    _require(compare is None or common, f"{compare}: expected scores of these images, and masks.")
-    return others, {} if metadata is None else read_metadata(metadata, ids)
 
 
 def _show_figures(figures: Iterable[tuple[str, Figure]], output: Path | None) -> None:
@@ -2254,20 +2244,24 @@ def _mean_interval(values: Array | Sequence[float], lesions: Sequence[str]) -> l
     return [float(bound) for bound in bounds.confidence_interval]
 
 
-def read_scores(path: StrPath) -> list[dict[str, Any]]:
-    """Reads a `scores.csv` that `results` wrote for images with masks."""
+def read_scores(path: StrPath, ids: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Reads a `scores.csv` of images with masks, of which one of `ids`, if given, must be one."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [{key: cell if key in ("id", "lesion") else float(cell) for key, cell in
                      row.items()} for row in csv.DictReader(file)]
-        ids = {row["id"] for row in rows if 0 <= float(row["dice"]) <= 1}
+        scored = {row["id"] for row in rows if 0 <= float(row["dice"]) <= 1}
     except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise SegmentError(f"{path}: expected a scores.csv with id and dice ({error}).") from error
-    _require(len(ids) == len(rows), f"{path} has {len(rows)} rows for {len(ids)} ids: expected 1.")
+    once, other = len(scored) == len(rows), scored.isdisjoint(ids := set(ids))
+    _require(once, f"{path} has {len(rows)} rows for {len(scored)} ids: expected one each.")
+    _require(not (ids and other), f"{path} scores none of these {len(ids)} images.")
     return rows
 
 
-def compare_scores(scores: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
+def compare_scores(
+    scores: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Compares the Dice of two runs image by image, as `results` or `read_scores` returned it.
 
     Returns `"images"` (in both), `"unmatched"` (in one), `"mean_difference"` (above 0 if `scores`
@@ -2375,8 +2369,9 @@ def _report(summary: Mapping[str, Any]) -> str:
         lines += [f"  {id_}  {dice:.6f}" for id_, dice in list(summary[name].items())[:5]]
     if (comparison := summary.get("comparison")) is not None:
         interval = " to ".join(f"{b:+.6f}" for b in comparison["ci95"] or ()) or "one lesion"
-        lines.append("Compared with {file}: Dice {mean_difference:+.6f} ({}), p = {wilcoxon_p:.2g},"
-                     " {wins} better, {ties} equal, {losses} worse".format(interval, **comparison))
+        lines.append("Compared with the other run: Dice {mean_difference:+.6f} ({}), "
+                     "p = {wilcoxon_p:.2g}, {wins} better, {ties} equal, {losses} worse"
+                     .format(interval, **comparison))
     return "\n".join(lines)
 
 

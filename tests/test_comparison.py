@@ -97,8 +97,9 @@ def run(make_pairs: MakePairs, tmp_path: Path) -> Run:
     def score(strip: int, name: str, compare: Path | None = None) -> list[dict[str, object]]:
         predictions = targets.copy()
         predictions[:, :, :strip] = 0
+        others = segment.read_scores(compare) if compare else ()
         return segment.results(
-            generator, iter(predictions), num_imgs=0, output_dir=tmp_path / name, compare=compare
+            generator, iter(predictions), num_imgs=0, output_dir=tmp_path / name, compare=others
         )
 
     return score
@@ -129,11 +130,11 @@ def test_results_print_and_write_the_comparison(
     scores = run(20, "same", table)  # which replaces the table that it is compared with
     printed = capsys.readouterr().out
     comparison = json.loads((tmp_path / "same" / "summary.json").read_text())["comparison"]
-    assert comparison == {"file": str(table), **segment.compare_scores(scores, others)}
+    assert comparison == segment.compare_scores(scores, others)
     gains = [new["dice"] - old["dice"] for new, old in zip(scores, others, strict=True)]  # type: ignore[operator]
     low, high = comparison["ci95"]
     expected = f"Dice {np.mean(gains):+.6f} ({low:+.6f} to {high:+.6f}), p = "
-    assert f"Compared with {table}: {expected}" in printed
+    assert f"Compared with the other run: {expected}" in printed
     assert printed.endswith(
         f"{sum(g > 0 for g in gains)} better, {gains.count(0)} equal, 0 worse\n"
     )
@@ -163,31 +164,26 @@ HEADER = "id,dice,jaccard\n"
         (b"\x89PNG\r\n\x1a\n\0\0", r"expected a scores\.csv"),
         (HEADER + "a,0.5,0.4\nb,1,1\na,0.5,0.4\n", r"scores\.csv has 3 rows for 2 ids"),
         (HEADER + "a,0.5,0.4\nb,nan,1\n", r"scores\.csv has 2 rows for 1 ids"),
-        (HEADER + "other,0.5,0.4\n", r"scores\.csv: expected scores of these images"),
-        ("", r"scores\.csv: expected scores of these images"),
+        (HEADER + "other,0.5,0.4\n", r"scores\.csv scores none of these 2 images"),
+        ("", r"scores\.csv scores none of these 2 images"),
     ],
 )
-def test_a_table_that_cannot_be_compared_is_refused_before_prediction(
-    make_pairs: MakePairs, tmp_path: Path, content: str | bytes | None, message: str
+def test_a_table_that_cannot_be_compared_is_refused(
+    tmp_path: Path, content: str | bytes | None, message: str
 ) -> None:
     table = tmp_path / "scores.csv"
     if content is not None:
         table.write_bytes(content if isinstance(content, bytes) else content.encode())
-    generator = segment.create_generator(*make_pairs(2), image_size=FRAME)
-    untouched = iter(np.zeros((2, *FRAME, 1)))
     with pytest.raises(segment.SegmentError, match=message) as error:
-        segment.results(generator, untouched, compare=table)
+        segment.read_scores(table, ["a", "b"])
     assert str(table) in str(error.value)
-    assert len(list(untouched)) == 2
 
 
-def test_images_without_masks_are_not_compared(
-    run: Run, make_pairs: MakePairs, tmp_path: Path
-) -> None:
-    run(20, "old")
+def test_images_without_masks_are_not_compared(run: Run, make_pairs: MakePairs) -> None:
+    scores = run(20, "old")
     images, _ = make_pairs(5, folder="blind")
     generator = segment.create_generator(images, image_size=FRAME)
     untouched = iter(np.zeros((5, *FRAME, 1)))
-    with pytest.raises(segment.SegmentError, match="expected scores of these images, and masks"):
-        segment.results(generator, untouched, compare=tmp_path / "old" / "scores.csv")
+    with pytest.raises(segment.SegmentError, match="This needs masks"):
+        segment.results(generator, untouched, compare=scores)
     assert len(list(untouched)) == 5

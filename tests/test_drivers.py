@@ -334,8 +334,8 @@ def test_an_output_that_is_not_a_folder_is_reported_with_status_2(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image-dir", "x"], "--image-dir came without --mask-dir"),
-        (["--mask-dir", "x"], "--mask-dir came without --image-dir"),
+        (["--image-dir", "x"], "--image-dir and --mask-dir belong together"),
+        (["--mask-dir", "x"], "--image-dir and --mask-dir belong together"),
         (["--save", "model.h5"], "must end in .keras"),
         (["--seed", "-1"], "--seed: -1 is not a whole number from 0"),
         (["--epochs", "0"], "--epochs: 0 is not a whole number from 1"),
@@ -634,7 +634,7 @@ def test_a_missing_table_is_reported_before_the_training(
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("--compare", "scores none of the test images"), ("--metadata", "no column holds the id")],
+    [("--compare", "scores none of these 3 images"), ("--metadata", "no column holds the id")],
 )
 def test_a_table_of_other_images_is_reported_before_the_training(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
