@@ -22,6 +22,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "create_model", tiny_network)
 
 
+@pytest.fixture
+def validated(make_pairs: MakePairs, tmp_path: Path) -> Path:
+    """The output of three folds of twelve pairs, which are trained once for all tests."""
+    make_pairs(12)
+    kept = tmp_path.parent / "validated"
+    if not kept.exists():
+        assert cross_validate(tmp_path, "out") == 0
+        (tmp_path / "out").rename(kept)
+    return kept
+
+
 def folders(tmp_path: Path, name: str = "data") -> tuple[str, str]:
     return str(tmp_path / name / "images"), str(tmp_path / name / "masks")
 
@@ -74,28 +85,24 @@ def test_an_impossible_number_of_folds_is_refused(folds: int) -> None:
 
 
 def test_each_image_is_scored_by_the_model_that_has_not_seen_it(
-    make_pairs: MakePairs, tmp_path: Path
+    validated: Path, tmp_path: Path
 ) -> None:
-    make_pairs(12)
-    assert cross_validate(tmp_path, "out") == 0
-    scores = {row["id"]: row for row in rows(tmp_path / "out")}
+    scores = {row["id"]: row for row in rows(validated)}
     assert len(scores) == 12
     images, masks = folders(tmp_path)
     for fold in (1, 2, 3):
-        model, alone = tmp_path / "out" / f"fold{fold}" / "model.keras", tmp_path / f"alone{fold}"
+        model, alone = validated / f"fold{fold}" / "model.keras", tmp_path / f"alone{fold}"
         arguments = [str(model), "--image-dir", images, "--mask-dir", masks, "--output", str(alone)]
         assert driver_load_evaluate.main(arguments) == 0
         for row in rows(alone):
             assert float(scores.pop(row["id"])["dice"]) == pytest.approx(float(row["dice"]), 1e-3)
     assert not scores
-    assert len(list((tmp_path / "out" / "masks").iterdir())) == 12
+    assert len(list((validated / "masks").iterdir())) == 12
 
 
 def test_an_interrupted_cross_validation_resumes_in_its_fold(
-    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_pairs(12)
-    assert cross_validate(tmp_path, "whole") == 0
     train_model, calls = segment.train_model, list[Path]()
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -110,7 +117,7 @@ def test_an_interrupted_cross_validation_resumes_in_its_fold(
     assert cross_validate(tmp_path, "parts", "--resume") == 0
     assert [path.name for path in calls] == ["fold1", "fold2", "fold1", "fold2", "fold3"]
     assert (tmp_path / "parts" / "fold1" / "last.keras").read_bytes() == first
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "parts") == rows(validated)
 
 
 def test_several_models_predict_the_mean_of_their_probabilities(make_pairs: MakePairs) -> None:
@@ -130,23 +137,21 @@ def test_several_models_predict_the_mean_of_their_probabilities(make_pairs: Make
 
 
 def test_the_load_driver_takes_the_folder_of_the_folds(
-    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_pairs(12)
-    assert cross_validate(tmp_path, "out") == 0
     images, masks = folders(tmp_path)
     output = tmp_path / "all"
     data = ["--image-dir", images, "--mask-dir", masks, "--output", str(output)]
-    assert driver_load_evaluate.main([str(tmp_path / "out"), *data]) == 0
+    assert driver_load_evaluate.main([str(validated), *data]) == 0
     assert "12 of these images were used in training" in capsys.readouterr().err
-    models = [segment.load_model(path) for path in sorted(tmp_path.glob("out/fold*/model.keras"))]
+    models = [segment.load_model(path) for path in sorted(validated.glob("fold*/model.keras"))]
     generator = segment.create_generator(
         *segment.find_image_pairs(images, masks), image_size=(32, 32)
     )
     expected = segment.results(generator, segment.predict(models, generator, verbose=0))
-    assert driver_load_evaluate.main([str(tmp_path / "out"), *data[:2], *data[4:]]) == 0
+    assert driver_load_evaluate.main([str(validated), *data[:2], *data[4:]]) == 0
     assert len(rows(output)) == 12  # segmented without masks
-    assert driver_load_evaluate.main([str(tmp_path / "out"), *data]) == 0
+    assert driver_load_evaluate.main([str(validated), *data]) == 0
     dice = [float(row["dice"]) for row in rows(output)]
     assert dice == pytest.approx([row["dice"] for row in expected], 1e-3)
     assert len(json.loads((output / "summary.json").read_text())["model"].split(", ")) == 3

@@ -204,11 +204,10 @@ def test_the_model_can_overfit_four_images() -> None:
     centers = ((10, 10), (20, 12), (14, 22), (18, 18))
     masks = np.stack([np.hypot(y - a, x - b) < 7 for a, b in centers])[..., None].astype(np.uint8)
     model = segment.create_model((32, 32), num_filters=4, dropout=0.0)
-    model.compile(
-        keras.optimizers.Adam(1e-2), segment.dice_loss, metrics=[segment.dice_coefficient]
-    )
+    model.compile(keras.optimizers.Adam(1e-2), segment.dice_loss)
     model.fit(images, masks, batch_size=4, epochs=50, verbose=0)
-    assert model.evaluate(images, masks, verbose=0)[1] > 0.95
+    prediction = np.asarray(model(images, training=False)) > 0.5
+    assert 2 * (prediction & (masks > 0)).sum() / (prediction.sum() + masks.sum()) > 0.95
 
 
 @pytest.mark.parametrize("image_size", [(100, 256), (256, 8), (0, 16), (256,)])
