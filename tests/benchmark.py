@@ -2,6 +2,8 @@
 
     python tests/benchmark.py [--image-size 256 256] [--batch-size 8] [--repeats 5] [--device gpu]
 
+    python tests/benchmark.py --exports    # the bundled model in Keras and in other programs
+
 Every figure is a median. Where PyTorch is installed, the network stands here a second time, in
 plain PyTorch: the weights are copied over, the outputs compared, and the steps timed side by side.
 """
@@ -10,6 +12,7 @@ import argparse
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -296,6 +299,74 @@ def measure_peak(options: argparse.Namespace, dtype: str) -> float:
     return peak
 
 
+# How a new process makes `run`, which maps uint8 images to probabilities.
+KERAS = """
+import keras, segment
+segment._reuse_freed_memory()
+model = segment.load_model(sys.argv[1], bfloat16={})
+run = lambda images: segment._predict_batch([model], images, False)
+"""
+PROGRAMS = {
+    "Keras, float32": (".keras", KERAS.format(False)),
+    "Keras, bfloat16": (".keras", KERAS.format(True)),
+    "ONNX Runtime": (".onnx", """
+import onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+run = lambda images: session.run(None, {"image": images})[0]
+"""),
+    "LiteRT": (".tflite", """
+import os, tensorflow
+network = tensorflow.lite.Interpreter(sys.argv[1], num_threads=os.cpu_count())
+runner = network.get_signature_runner()
+run = lambda images: runner(image=images)
+"""),
+    "SavedModel": ("", """
+import tensorflow
+network = tensorflow.saved_model.load(sys.argv[1])
+run = lambda images: network.serve(images).numpy()
+"""),
+}  # fmt: skip
+MEASURED = """
+import statistics, sys, time
+import numpy as np
+{}
+images = np.random.default_rng(0).integers(0, 256, (8, *map(int, sys.argv[2:4]), 3), np.uint8)
+run(images[:1])
+started = time.time() - float(sys.argv[4])
+run(images)
+times = []
+for _ in range(int(sys.argv[5])):
+    began = time.perf_counter()
+    run(images)
+    times.append(time.perf_counter() - began)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+memory = int(peak.split()[1]) / 2**10
+print(f"{{started:7.1f}} s{{8 / statistics.median(times):11.1f}}/s{{memory:9.0f}} MiB")
+"""
+
+
+def measure_exports(repeats: int) -> None:
+    """Each program in a process of its own: from its start to the first image, and then."""
+    model = segment.load_model()
+    height, width = model.input_shape[1:3]
+    print(f"{height} x {width}{'first image':>20}{'batches of 8':>13}{'memory':>13}{'file':>13}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (suffix, code) in PROGRAMS.items():
+            path = Path(folder, "model" + suffix)
+            if suffix == ".keras":
+                path = segment.PRETRAINED
+            elif not path.exists():
+                segment.export_model(model, path)
+            options = [str(path), str(height), str(width), str(time.time()), str(repeats)]
+            done = subprocess.run(
+                [sys.executable, "-c", MEASURED.format(code), *options],
+                cwd=segment.PRETRAINED.parent, capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+            size = sum(file.stat().st_size for file in files) / 2**20
+            print(f"{name:18}{done.stdout.rstrip()}{size:9.1f} MiB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image-size", nargs=2, type=int, default=(256, 256))
@@ -304,7 +375,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--memory", type=int, metavar="N", help="instead: train on N pairs")
+    parser.add_argument("--exports", action="store_true", help="instead: the bundled model")
     options = parser.parse_args()
+    if options.exports:
+        measure_exports(options.repeats)
+        return
     if options.memory:
         measure_memory(options.memory)
         return
