@@ -161,6 +161,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         train_generator = segment.create_generator(
             *train, shuffle=True, augment=True, seed=options.seed, **whole)
         val_generator = segment.create_generator(*val, **whole) if val[0] else None
+        test_generator = segment.create_generator(*test, **shape) if test[0] else None
 
         # 6. Create a new UNet
         keras.utils.set_random_seed(options.seed)
@@ -179,16 +180,19 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             model, train_generator, val_generator, options.epochs, split=(train, val, test),
             learning_rate=options.learning_rate, save_path=path, resume=options.resume,
             resume_path=checkpoint, log_path=folder / "training.csv")
-        threshold = options.threshold
-        if threshold is None and val_generator is not None:
+        threshold, estimate = options.threshold, None
+        if val_generator is not None:
             validated = segment.predict(model, val_generator, **how)
-            threshold = segment.choose_threshold(val_generator, validated)
-        segment.save_model(model, path, threshold=threshold, optimizer=options.optimizer, **how)
+            threshold = threshold or segment.choose_threshold(val_generator, validated)
+            validated.threshold = threshold
+            estimate = segment.fit_estimate(val_generator, validated)
+        segment.save_model(model, path, threshold=threshold, estimate=estimate,
+                           optimizer=options.optimizer, **how)
         print(f"Saved {path}")
 
         # 8. Predict the test set
-        if test[0]:
-            predictions += segment.predict_each(model, segment.create_generator(*test, **shape))
+        if test_generator is not None:
+            predictions += segment.predict_each(model, test_generator)
 
     if not predictions:
         print("No image was held out (--test-split 0): there is nothing to score")

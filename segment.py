@@ -91,7 +91,8 @@ __all__ = [  # noqa: RUF022, in the order of the sections
     "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split",
     "cross_validation_splits", "create_generator", "create_model", "METRICS", "dice_coefficient",
     "dice_loss", "dice_cross_entropy_loss", "score_masks", "boundary_distances", "train_model",
-    "predict", "predict_each", "segment_image", "choose_threshold", "estimate_dice",
+    "predict", "predict_each", "segment_image", "choose_threshold", "fit_estimate",
+    "estimate_dice",
     "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
     "load_model", "load_weights", "export_model", "stored_test_split", "image_ids_seen", "results",
     "restore_masks", "summarize", "read_scores", "compare_scores", "read_metadata", "subgroups",
@@ -112,7 +113,8 @@ JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation
 PRETRAINED = Path(__file__).with_name("pretrained.keras")
 RINGS, ANGLES = 16, 64  # samples of a lesion signature
 SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
-OUTLINE_DOUBT = 0.005  # what the outline of a mask of the whole frame costs, in Dice
+UNFITTED = (0.0, 1.0, -0.005)  # weights of the estimate: soft Dice less a doubt about the outline
+DOUBT = 0.02  # about an estimate of 1, as the scale of the misses; one of 0 has 1 more
 BEST = "val_dice_coefficient"  # selects the best epoch
 NEEDS_MASKS = "This needs masks: create the generator with mask_paths."
 
@@ -1534,16 +1536,18 @@ def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 class Predictions(np.ndarray[Any, np.dtype[Any]]):
-    """Probabilities that remember how masks are made of them: `threshold` and `one_region`."""
+    """Probabilities that remember how masks and estimates are made of them, as in the record."""
 
     def __array_finalize__(self, source: Any) -> None:
         self.threshold = getattr(source, "threshold", 0.5)
         self.one_region = getattr(source, "one_region", True)
+        self.estimate = getattr(source, "estimate", ())
 
 
-def _remember(probabilities: Array, threshold: float, one_region: bool) -> Predictions:
+def _remember(probabilities: Array, source: ModelRecord | Predictions) -> Predictions:
+    _check_threshold(source.threshold)
     view = probabilities.view(Predictions)
-    view.threshold, view.one_region = _check_threshold(threshold), one_region
+    view.__array_finalize__(source)
     return view
 
 
@@ -1556,7 +1560,7 @@ def _check_threshold(threshold: float) -> float:
 def predict(model: Models, generator: ImageGenerator, **settings: Any) -> Predictions:
     """Predicts every image of a generator with the settings of `predict_each`."""
     first, *others = predict_each(model, generator, **settings)
-    return _remember(np.stack([first, *others]), first.threshold, first.one_region)
+    return _remember(np.stack([first, *others]), first)
 
 
 def predict_each(
@@ -1570,12 +1574,9 @@ def predict_each(
     probabilities remember threshold and one region for `results` and `restore_masks`. A batch is
     predicted while the next one loads.
     """
-    models, record = _settings(model)
+    models, record = _settings(model, mirror=mirror, one_region=one_region, threshold=threshold)
     for member in models:
         _check_frame(member, generator)
-    mirror = record.mirror if mirror is None else mirror
-    one_region = record.one_region if one_region is None else one_region
-    threshold = record.threshold if threshold is None else threshold
     images = dataclasses.replace(generator, shuffle=False, augment=False, whole_batches=False,
                                  workers=1)
     size = images.batch_size
@@ -1590,19 +1591,24 @@ def predict_each(
                 ahead = pool.submit(images.batch_part, index + 1)
             # Filled up, so that no other batch size has to be compiled.
             full = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            lesions = _predict_batch(models, full, mirror, once=len(images.pairs) == 1)
+            lesions = _predict_batch(models, full, record.mirror, once=len(images.pairs) == 1)
             progress.add(1)
             for lesion in lesions[: len(batch)]:
-                yield _remember(lesion, threshold, one_region)
+                yield _remember(lesion, record)
 
 
-def _settings(model: Models) -> tuple[list[keras.Model], ModelRecord]:
-    """The models of one or several, and the first record with the mean of their thresholds."""
+def _settings(model: Models, **given: Any) -> tuple[list[keras.Model], ModelRecord]:
+    """The models of one or several, and the first record with means of theirs and what is given."""
     models = [model] if isinstance(model, keras.Model) else list(model)
     _require(bool(models), "The list of models is empty: expected at least one.")
     records = list(map(model_record, models))
-    threshold = float(np.mean([record.threshold for record in records]))
-    return models, dataclasses.replace(records[0], threshold=threshold)
+    fitted = all(record.estimate for record in records)
+    means: dict[str, Any] = {
+        "threshold": float(np.mean([record.threshold for record in records])),
+        "estimate": np.mean([record.estimate for record in records], 0).tolist() if fitted else [],
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return models, dataclasses.replace(records[0], **means | given)
 
 
 def _predict_batch(
@@ -1633,7 +1639,7 @@ def segment_image(
     `image` is a path, or `uint8 (height, width, 3)` in RGB. All is done as in the load driver, with
     the settings of the record. The first call compiles the network, further calls only run it.
     """
-    models, record = _settings(model)
+    models, record = _settings(model, threshold=threshold)
     frame = models[0].input_shape[1:3]
     if isinstance(image, np.ndarray):
         rgb = image.ndim == 3 and image.shape[2] == 3 and image.size > 0
@@ -1644,8 +1650,7 @@ def segment_image(
     else:
         size, (fitted,) = _size_of(image), _decode(image, [frame], mask=False)
     (lesion,) = _predict_batch(models, fitted[None], record.mirror)
-    threshold = record.threshold if threshold is None else threshold
-    return _threshold(_remember(lesion, threshold, record.one_region), size)
+    return _threshold(_remember(lesion, record), size)
 
 
 def _threshold(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
@@ -1697,25 +1702,66 @@ def _dice_by_threshold(choices: Sequence[float], pair: Pair, lesion: Predictions
     scale = min(1, 512 / max(size))
     shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
     truth = load_segmented_image(str(pair[1]), shape)[..., 0]
-    lesions = (_remember(lesion, choice, lesion.one_region) for choice in choices)
-    return [score_masks(truth, _threshold(lesion, size, shape))["dice"] for lesion in lesions]
+    dice = []
+    for choice in choices:
+        lesion.threshold = choice
+        dice.append(score_masks(truth, _threshold(lesion, size, shape))["dice"])
+    return dice
 
 
-def estimate_dice(predictions: Array) -> NDArray[np.float64]:
-    """Estimates the Dice coefficient of each image without its mask, `float64 (N,)`.
+def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
+    """Fits `estimate_dice` and its lower bound, for `save_model`.
 
-    The estimate is the soft Dice of the predicted mask and its probabilities, less
-    `OUTLINE_DOUBT / sqrt(fraction)` for a mask that covers a fraction of the frame: the same
-    outline error costs a small lesion more. It is 0 for an empty mask.
+    Takes images and masks that the model was not trained on, and what `predict` returned for them.
+    One half of the images fits the estimate, by least squares. The other half sets the bound, by
+    split conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that it holds for 90 % of
+    further images of the same kind. Fewer than 100 images are too few: the list is empty, and the
+    estimate that of a new model.
     """
-    estimates = np.zeros(len(predictions))
-    for i, prediction in enumerate(predictions.view(Predictions)):
-        mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
-        if mask.any():
-            lesion = np.asarray(prediction, np.float64)[..., 0]
-            soft = 2 * lesion.sum(where=mask) / (lesion.sum() + np.count_nonzero(mask))
-            estimates[i] = max(0, soft - OUTLINE_DOUBT / math.sqrt(mask.mean()))
-    return estimates
+    _require(generator.mask_paths is not None, NEEDS_MASKS)
+    _check_predictions(generator, predictions)
+    lesions = predictions.view(Predictions)
+    if len(lesions) < 100:
+        return []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        score = functools.partial(_dice_by_threshold, [lesions.threshold])
+        dice = np.concatenate(list(pool.map(score, generator.pairs, lesions)))
+    features = np.array(list(map(_certainty, lesions)))
+    fitted, held_out = np.array_split(np.random.default_rng(0).permutation(len(dice)), 2)
+    weights = np.linalg.lstsq(features[fitted], dice[fitted])[0]
+    estimate = (features @ weights).clip(0, 1)
+    misses = np.sort(((estimate - dice) / (DOUBT + 1 - estimate))[held_out])
+    rank = math.ceil(0.9 * (len(misses) + 1))  # of the miss that 90 % do not exceed
+    return [*map(float, weights), float(misses[rank - 1])]
+
+
+def _certainty(prediction: Predictions) -> tuple[float, float, float]:
+    """1, the soft Dice of mask and probabilities, 1 / sqrt(share of the frame); 0 if it is empty.
+
+    The same outline error costs a small lesion more.
+    """
+    mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
+    if not mask.any():
+        return 0.0, 0.0, 0.0
+    lesion = np.asarray(prediction, np.float64)[..., 0]
+    soft = 2 * lesion.sum(where=mask) / (lesion.sum() + np.count_nonzero(mask))
+    return 1.0, float(soft), 1 / math.sqrt(mask.mean())
+
+
+def estimate_dice(predictions: Array, *, bound: bool = False) -> NDArray[np.float64]:
+    """Estimates the Dice coefficient of each image without its mask, `float64 (N,)` in 0..1.
+
+    The estimate is linear in the soft Dice of the predicted mask and its probabilities, and in
+    `1 / sqrt(fraction)` for a mask that covers a fraction of the frame. `fit_estimate` fits it; by
+    default it is the soft Dice less `0.005 / sqrt(fraction)`. It is 0 for an empty mask.
+
+    With `bound` it returns what the Dice is at least, with a probability of 90 % for images like
+    those of the fit; nan without a fit.
+    """
+    lesions = predictions.view(Predictions)
+    *weights, miss = lesions.estimate or (*UNFITTED, math.nan)
+    estimates = (np.array(list(map(_certainty, lesions))) @ weights).clip(0, 1)
+    return (estimates - miss * (DOUBT + 1 - estimates)).clip(0, 1) if bound else estimates
 
 
 def describe_device() -> str:
@@ -1804,6 +1850,7 @@ class ModelRecord:
     threshold: float = 0.5
     mirror: bool = True
     one_region: bool = True
+    estimate: list[float] = dataclasses.field(default_factory=list)  # as fit_estimate returned it
     batch_size: int = 8  # in training
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -1821,11 +1868,12 @@ def model_record(model: keras.Model) -> ModelRecord:
 def save_model(
     model: keras.Model, path: StrPath, *, split: Sequence[Pairs] | None = None,
     threshold: float | None = None, mirror: bool | None = None, one_region: bool | None = None,
-    optimizer: bool = True
+    estimate: list[float] | None = None, optimizer: bool = True
 ) -> None:
     """Saves a model and its record in one `.keras` file, which is never incomplete.
 
-    Split, threshold, mirror and one region go into the record; what is `None` stays as it is there.
+    Split, threshold, mirror, one region and what `fit_estimate` returned go into the record; what
+    is `None` stays as it is there.
     Without the optimizer, which further training needs, the file is a third as large and computes
     in float32.
     """
@@ -1835,6 +1883,7 @@ def save_model(
     record.threshold = record.threshold if threshold is None else _check_threshold(threshold)
     record.mirror = record.mirror if mirror is None else mirror
     record.one_region = record.one_region if one_region is None else one_region
+    record.estimate = record.estimate if estimate is None else estimate
     with _written_whole(path) as temporary:
         (model if optimizer else _recast(model, "float32")).save(temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -1926,12 +1975,14 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
     defaults = dataclasses.asdict(ModelRecord())
     values = {name: fields.get(name, default) for name, default in defaults.items()}
     curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
+    estimate = values["estimate"]
     valid = (
         all(type(values[name]) is type(default) for name, default in defaults.items())
         and all(isinstance(id_, str) for id_ in ids)
         and all(isinstance(value, float) for curve in curves for value in curve)
         and all(0 < len(curve) <= len(values["history"]["loss"]) for curve in curves)
         and 0 < values["threshold"] < 1 and values["batch_size"] in range(1, 2**16)
+        and len(estimate) in (0, 4) and all(isinstance(value, float) for value in estimate)
     )  # fmt: skip
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
     return ModelRecord(**{**values, "format": RECORD_FORMAT})
@@ -2068,8 +2119,9 @@ def results(
         metadata: A table about the images (`read_metadata`), by which `subgroups` are scored.
 
     Returns:
-        For each image its `"id"` and `"estimated_dice"`, and if it has a mask the `METRICS`, the
-        `DISTANCES` and `"lesion"`, the id of the first image that shows the same lesion.
+        For each image its `"id"` and `"estimated_dice"`, if it was fitted `"dice_lower_bound"`, and
+        if it has a mask the `METRICS`, the `DISTANCES` and `"lesion"`, the id of the first image
+        that shows the same lesion.
     """
     _check_predictions(test_generator, predictions)
     _require(not compare or test_generator.mask_paths is not None, NEEDS_MASKS)
@@ -2170,8 +2222,10 @@ def _score_image(
         overlay = load_input_image(image_path, None).copy()
         overlay[mask & ~ndimage.binary_erosion(mask, iterations=width)] = (255, 0, 255)
         _save_image(overlay, output / "overlays" / f"{scores['id']}_overlay.jpg")
-    (estimate,) = estimate_dice(prediction[None])
-    return {**scores, "estimated_dice": float(estimate)}
+    scores["estimated_dice"] = float(estimate_dice(prediction[None])[0])
+    if prediction.estimate:
+        scores["dice_lower_bound"] = float(estimate_dice(prediction[None], bound=True)[0])
+    return scores
 
 
 def _examine_pairs(
@@ -2207,7 +2261,8 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `{"mean", "std", "median", "p10", "p90", "min", "max", "ci95"}`, the last one the 95 % interval
     of the mean, by lesion, or `None` for a single lesion. With masks also `"worst": {id: Dice}`,
     `"failures"`, `"estimate_rank_correlation"` (Spearman's, with Dice) and `"estimate_roc_auc"`
-    (how well the estimate separates failures from successes), both `None` where undefined.
+    (how well the estimate separates failures from successes), both `None` where undefined, and
+    `"lower_bound_holds"`, the fraction of images whose Dice is at least the bound.
     """
     _require(len(scores) > 0, "There are no scores to summarize: score at least one image.")
     columns = {name: [score[name] for score in scores] for name in scores[0]}
@@ -2224,6 +2279,9 @@ def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rank = float(stats.spearmanr(dice, estimate).statistic) if varied else None
         auc = float(roc_auc_score(~failed, estimate)) if len(set(failed)) > 1 else None
         summary["failures"] = int(failed.sum())
+        if "dice_lower_bound" in columns:
+            holds = np.array(dice) >= columns["dice_lower_bound"]
+            summary["lower_bound_holds"] = float(holds.mean())
         summary |= {"estimate_rank_correlation": rank, "estimate_roc_auc": auc}
     statistics = ("mean", "std", "median", "p10", "p90", "min", "max")
     for name, values in columns.items():
@@ -2356,13 +2414,16 @@ def _report(summary: Mapping[str, Any]) -> str:
     verb = "segmented" if failures is None else "scored"
     lines = [f"{count} images, each {verb} at its original resolution"]
     lines.append(f"{'':19}       mean     median    p10/p90    min/max   95 % interval")
-    for name in filter(summary.__contains__, (*METRICS, *DISTANCES, "estimated_dice")):
+    names = (*METRICS, *DISTANCES, "estimated_dice", "dice_lower_bound")
+    for name in filter(summary.__contains__, names):
         unit, *worst = (" %", "p90", "max") if name in DISTANCES else ("", "p10", "min")
         values = "".join(f"{summary[name][column]:11.6f}" for column in ("mean", "median", *worst))
         interval = " to ".join(f"{bound:.4f}" for bound in summary[name]["ci95"] or ())
         lines.append(f"{name.replace('_', ' ') + unit:19}{values}  {interval}".rstrip())
     if failures is not None:
         lines.append(f"Failures (Jaccard < {JACCARD_FAILURE}): {failures} ({failures / count:.1%})")
+    if "lower_bound_holds" in summary:
+        lines.append(f"Dice is at least its lower bound in {summary['lower_bound_holds']:.1%}")
     titles = {"worst": "Worst images by Dice", "doubtful": "Check first, by estimated Dice"}
     for name in filter(summary.__contains__, titles):
         lines.append(f"{titles[name]}:")
