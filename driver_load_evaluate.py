@@ -33,6 +33,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--bfloat16", action=flag, help="compute in bfloat16 (default: if that is faster)")
     add("--skip-bad", action="store_true", help="leave out files that are unusable or unpaired")
     add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
+    add("--soft-masks", action="store_true", help="grey levels of masks are probabilities")
     add("--inspect", action="store_true", help="count and plot the image sizes")
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, help="average the predictions of the four flips (as in training)")
@@ -98,7 +99,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
         print(f"Evaluating the {len(images)} test images held out in training")
 
     # 5. Check the files, which decodes each once, and predict
-    cache = segment.PairCache(fit_masks=options.fit_masks)
+    cache = segment.PairCache(fit_masks=options.fit_masks, soft_masks=options.soft_masks)
     frame = {"image_size": models[0].input_shape[1:3], "cache": cache}
     images, masks, findings = segment.usable_pairs(
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,

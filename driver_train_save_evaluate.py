@@ -29,6 +29,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--subset", type=positive_int, metavar="N", help="use only the first N pairs")
     add("--skip-bad", action="store_true", help="leave out files that are unusable or unpaired")
     add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
+    add("--soft-masks", action="store_true", help="grey levels of masks are probabilities")
     add("--inspect", action="store_true", help="count and plot the image sizes")
     add("--val-split", type=float, default=0.2, metavar="PART", help="to validate (%(default)s)")
     add("--val-dir", metavar="DIR", help="images to validate on, instead of a drawn part")
@@ -109,7 +110,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     output, (height, width) = Path(options.output), options.image_size
     twice = (2 * height, 2 * width)  # from which augmentation zooms in
     memory = 0 if options.cache else 2**31
-    cache = segment.PairCache(memory, options.cache, fit_masks=options.fit_masks)
+    kinds = {"fit_masks": options.fit_masks, "soft_masks": options.soft_masks}
+    cache = segment.PairCache(memory, options.cache, **kinds)
 
     # 1. Load the file names of the images and masks, and check the files, which decodes each once
     findings, sets = list[segment.Finding](), []

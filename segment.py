@@ -17,7 +17,9 @@ Glossary, valid for every function:
 - `image_paths`, `mask_paths`: files in the same order, one mask for each image.
 - Image: `uint8 (height, width, 3)`, RGB in 0..255. Mask: `uint8 (height, width, 1)`, 1 for lesion
   and 0 elsewhere; its file holds 0 and 255, or 0 and 1.
-- Pair: an image and its mask in one array, `uint8 (height, width, 4)`, the mask last.
+- Pair: an image and its mask, as 0 and 255, in one array, `uint8 (height, width, 4)`.
+- Soft masks: grey levels from 0 to 255 are the probability of lesion, such as the mean of several
+  experts. Networks learn them as they are; for scores they are thresholded at half.
 - `image_size`: `(height, width)` in pixels of the frame in which the network sees an image. The
   image keeps its aspect ratio and is centred on black (`letterbox`).
 - `cache`: the `PairCache` in which decoded pairs are found and kept.
@@ -379,16 +381,17 @@ def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) ->
 
     A pixel is lesion where at least half of its area is. Those of a JPEG may be nearly 0 and 255.
     """
-    return _decode(path, [image_size], mask=True)[0]
+    return _decode(path, [image_size], mask=True)[0] // np.uint8(255)
 
 
 def _decode(
     path: StrPath, image_sizes: Sequence[Size | None], *, mask: bool, fit_to: Size | None = None,
-    notes: dict[str, str] | None = None
+    notes: dict[str, str] | None = None, soft: bool = False
 ) -> list[Array]:
     """Decodes an image, or a mask for an image of `fit_to`, once and fits it into each frame.
 
-    `notes` receives what is unusual about the values of a mask, by kind.
+    A mask is 0 and 255, a `soft` one anything between. `notes` receives what is unusual about the
+    values of a mask, by kind.
     """
     with _open_image(path) as image:
         size, lossy = fit_to or _upright_size(image), image.format in ("JPEG", "MPO")
@@ -401,9 +404,15 @@ def _decode(
         image.load()  # a TIFF is upright only now
         ImageOps.exif_transpose(image, in_place=True)
         notes = {} if notes is None else notes
-        image = _to_black_and_white(image, lossy, path, notes) if mask else _to_rgb(image, path)
+        if mask and soft and image.getextrema() != (0, 1):
+            image = _to_rgb(image, path).convert("L")
+        elif mask:
+            image = _to_black_and_white(image, lossy, path, notes)
+        else:
+            image = _to_rgb(image, path)
         fitted = [np.asarray(_fit(image, size, frame)) for frame in image_sizes]
-    return [(levels >= 128).astype(np.uint8)[..., None] for levels in fitted] if mask else fitted
+    masks = ((levels if soft else (levels >= 128) * np.uint8(255))[..., None] for levels in fitted)
+    return list(masks) if mask else fitted
 
 
 @contextlib.contextmanager
@@ -542,16 +551,18 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
 class PairCache:
     """Decodes each pair once and keeps it, in memory up to a budget and in a folder if asked.
 
-    With `fit_masks`, masks of another scale or off by up to 3 pixels are resized to their images.
+    With `fit_masks`, masks of another scale or off by up to 3 pixels are resized to their images;
+    with `soft_masks` they keep their grey levels.
     A pair takes 4 bytes of memory per pixel of the frame; the folder holds plain `.npy` files until
     its disk is full, and several processes may share it. A file that changed, by its length or
     modification time, is decoded again, and so is what is not kept.
     """
 
     def __init__(
-        self, max_bytes: int = 2**31, folder: StrPath | None = None, *, fit_masks: bool = False
+        self, max_bytes: int = 2**31, folder: StrPath | None = None, *, fit_masks: bool = False,
+        soft_masks: bool = False
     ) -> None:
-        self.bytes_left, self.fit_masks = max_bytes, fit_masks
+        self.bytes_left, self.fit_masks, self.soft_masks = max_bytes, fit_masks, soft_masks
         self.folder = None if folder is None else Path(folder)
         self.notes: dict[str, dict[str, str]] = {}  # of masks, what is unusual about their values
         self._kept: dict[str, Array] = {}
@@ -562,7 +573,8 @@ class PairCache:
 
     def load(self, image_path: str, mask_path: str | None, *image_sizes: Size) -> Array:
         """Returns a pair in the first frame, and keeps it in all; no mask file: an empty mask."""
-        names = [_entry_name(image_path, mask_path, frame) for frame in image_sizes]
+        kind = "soft" if self.soft_masks else "0 and 255"
+        names = [_entry_name(image_path, mask_path, frame, kind) for frame in image_sizes]
         found = self._find(names[0], image_sizes[0])
         if found is not None:
             return found
@@ -572,7 +584,8 @@ class PairCache:
         if mask_path is not None:
             _check_same_size(image_path, mask_path, self.fit_masks)
             size = _size_of(image_path)
-            masks = _decode(mask_path, image_sizes, mask=True, fit_to=size, notes=notes)
+            masks = _decode(mask_path, image_sizes, mask=True, fit_to=size, notes=notes,
+                            soft=self.soft_masks)
             self.notes[mask_path] = notes
         pairs = [np.concatenate(pair, axis=2) for pair in zip(pictures, masks, strict=True)]
         for name, pair in zip(names, pairs, strict=True):
@@ -610,8 +623,13 @@ class PairCache:
                 self.folder = None
 
 
-def _entry_name(image_path: str, mask_path: str | None, image_size: Size) -> str:
-    identity: list[Any] = [image_size]
+def _mask_of(pair: Array) -> Mask:
+    """The mask of a pair, `(height, width)`."""
+    return np.asarray(pair[..., 3] >= 128)
+
+
+def _entry_name(image_path: str, mask_path: str | None, image_size: Size, kind: str) -> str:
+    identity: list[Any] = [image_size, kind]
     for path in filter(None, (image_path, mask_path)):
         identity.append(os.path.abspath(path))
         with contextlib.suppress(OSError):  # reported by decoding
@@ -678,7 +696,7 @@ def _check_pair(image_sizes: Sequence[Size], cache: PairCache, pair: Pair) -> li
         decoded = cache.load(image_path, mask_path, *image_sizes)
         findings = [(image_path, *unusual) for unusual in _unusual_file(image_path, ("RGB",))]
         if mask_path is not None:
-            mask, modes = _crop(decoded[..., 3], _size_of(image_path)), ("L", "1", "P")
+            mask, modes = _crop(_mask_of(decoded), _size_of(image_path)), ("L", "1", "P")
             unusual = [*cache.notes.get(mask_path, {}).items(), *_unusual_file(mask_path, modes)]
             unusual += [*_unusual_fit(image_path, mask_path), *_unusual_mask(mask)]
             findings += [(mask_path, *found) for found in unusual]
@@ -712,11 +730,11 @@ def _unusual_fit(image_path: str, mask_path: str) -> Iterator[tuple[str, str]]:
             yield "orientations", f"{what} and may lie turned or mirrored on it"
 
 
-def _unusual_mask(mask: Array) -> Iterator[tuple[str, str]]:
-    """What an expert would not draw, `mask` being `(height, width)` in {0, 1}."""
+def _unusual_mask(mask: Mask) -> Iterator[tuple[str, str]]:
+    """What an expert would not draw."""
     rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     regions = ndimage.label(mask, np.ones((3, 3)))[1]
-    holes = ndimage.label(_fill_holes(mask > 0) & (mask == 0))[1]
+    holes = ndimage.label(_fill_holes(mask) & ~mask)[1]
     full = bool(mask.all())
     found = {
         ("empty masks", f"is empty at {mask.shape[0]} × {mask.shape[1]} pixels"): not mask.any(),
@@ -844,7 +862,7 @@ def _lesion_signature(image_size: Size, cache: PairCache, pair: Pair) -> NDArray
         decoded = cache.load(*pair, image_size)
     except SegmentError:
         return np.zeros((RINGS, ANGLES // 2 + 1), np.complex64)
-    image, mask = decoded[..., :3], decoded[..., 3]
+    image, mask = decoded[..., :3], _mask_of(decoded)
     rows, columns = np.nonzero(mask if mask.any() else np.ones_like(mask))
     y, x, reach = rows.mean(), columns.mean(), 1.4 * math.sqrt(len(rows) / math.pi)
     box = tuple(round(side) for side in (x - reach, y - reach, x + reach, y + reach))
@@ -953,8 +971,9 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
     """Loads batches for `fit`, `evaluate` and `predict`.
 
     A batch is `uint8 (N, height, width, 3)` images, followed by `uint8 (N, height, width, 1)` masks
-    unless `mask_paths` is `None`. All randomness derives from `(seed, epoch, image)` and never from
-    the order of calls, since Keras loads batches ahead of time and from several threads.
+    (soft ones: `float32`) unless `mask_paths` is `None`. All randomness derives from `(seed, epoch,
+    image)` and never from the order of calls, since Keras loads batches ahead of time and from
+    several threads.
 
     Args:
         batch_size: Images per batch; the last batch may be shorter.
@@ -965,6 +984,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         cache: By default all generators share 2 GiB of memory: 2,048 pairs of 512 x 512, the size
             at which a frame of 256 x 256 is augmented.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
+        soft_masks: Whether masks are soft, if no cache says so.
         workers: Threads that load batches.
     """
 
@@ -978,12 +998,14 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
     seed: int = 0
     cache: PairCache = None  # type: ignore[assignment]  # until __post_init__
     whole_batches: bool = False
+    soft_masks: dataclasses.InitVar[bool] = False
     workers: dataclasses.InitVar[int] = 1
 
-    def __post_init__(self, workers: int) -> None:
+    def __post_init__(self, soft_masks: bool, workers: int) -> None:
         super().__init__(workers=workers)
         self.pairs = _zip_pairs(self.image_paths, self.mask_paths)
-        self.cache = self.cache or _shared.setdefault("cache", PairCache())
+        shared = functools.partial(PairCache, soft_masks=soft_masks)
+        self.cache = self.cache or _shared.setdefault(f"soft: {soft_masks}", shared())
         self.epoch = 0  # selects order and augmentation
         self.failure: SegmentError | None = None  # of a file, which a backend may wrap
         self.image_size = _check_image_size(self.image_size)
@@ -1000,7 +1022,10 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
 
     def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
         pairs = self.batch_part(index, *_this_host())
-        return pairs[..., :3] if self.mask_paths is None else (pairs[..., :3], pairs[..., 3:])
+        if self.mask_paths is None:
+            return pairs[..., :3]
+        soft, levels = self.cache.soft_masks, pairs[..., 3:]
+        return pairs[..., :3], levels / np.float32(255) if soft else levels >> 7  # 128 becomes 1
 
     def batch_part(self, index: int, part: int = 0, parts: int = 1) -> Array:
         """The pairs of a batch, `uint8 (N, height, width, 4)`, or one of its equal parts."""
@@ -1688,20 +1713,29 @@ def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
     Masks are made as `results` makes them, but with at most 512 pixels on the long side. The choice
     is 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
     """
+    thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
+    dice = _measure_dice(generator, predictions, thresholds)
+    return thresholds[int(np.argmax(dice.mean(axis=0)))]
+
+
+def _measure_dice(
+    generator: ImageGenerator, predictions: Array, thresholds: Sequence[float]
+) -> NDArray[np.float64]:
+    """The Dice of each image at each threshold, `(N, thresholds)`."""
     _require(generator.mask_paths is not None, NEEDS_MASKS)
     _check_predictions(generator, predictions)
-    thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
-    score = functools.partial(_dice_by_threshold, thresholds)
+    score = functools.partial(_dice_by_threshold, thresholds, generator.cache.soft_masks)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        dice = list(pool.map(score, generator.pairs, predictions.view(Predictions)))
-    return thresholds[int(np.argmax(np.mean(dice, axis=0)))]
+        return np.array(list(pool.map(score, generator.pairs, predictions.view(Predictions))))
 
 
-def _dice_by_threshold(choices: Sequence[float], pair: Pair, lesion: Predictions) -> list[float]:
+def _dice_by_threshold(
+    choices: Sequence[float], soft: bool, pair: Pair, lesion: Predictions
+) -> list[float]:
     size = _size_of(pair[0])
     scale = min(1, 512 / max(size))
     shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    truth = load_segmented_image(str(pair[1]), shape)[..., 0]
+    truth = _decode(str(pair[1]), [shape], mask=True, soft=soft)[0][..., 0] >= 128
     dice = []
     for choice in choices:
         lesion.threshold = choice
@@ -1718,14 +1752,10 @@ def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
     further images of the same kind. Fewer than 100 images are too few: the list is empty, and the
     estimate that of a new model.
     """
-    _require(generator.mask_paths is not None, NEEDS_MASKS)
-    _check_predictions(generator, predictions)
     lesions = predictions.view(Predictions)
-    if len(lesions) < 100:
+    dice = _measure_dice(generator, lesions, [lesions.threshold])[:, 0]
+    if len(dice) < 100:
         return []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        score = functools.partial(_dice_by_threshold, [lesions.threshold])
-        dice = np.concatenate(list(pool.map(score, generator.pairs, lesions)))
     features = np.array(list(map(_certainty, lesions)))
     fitted, held_out = np.array_split(np.random.default_rng(0).permutation(len(dice)), 2)
     weights = np.linalg.lstsq(features[fitted], dice[fitted])[0]
@@ -2212,8 +2242,9 @@ def _score_image(
     scores: dict[str, Any] = {"id": name}
     if mask_path is not None:
         _check_same_size(image_path, mask_path, generator.cache.fit_masks)
-        (truth,) = _decode(mask_path, [None], mask=True, fit_to=size)
-        scores |= score_masks(truth[..., 0], mask) | boundary_distances(truth[..., 0], mask)
+        soft = generator.cache.soft_masks
+        truth = _decode(mask_path, [None], mask=True, fit_to=size, soft=soft)[0][..., 0] >= 128
+        scores |= score_masks(truth, mask) | boundary_distances(truth, mask)
     if output is not None:
         _save_image(mask * np.uint8(255), output / "masks" / f"{scores['id']}_segmentation.png")
         scores["thumbnail"] = _thumbnail(_pictures(generator, prediction, pair))
@@ -2240,7 +2271,7 @@ def _examine_pairs(
         score["lesion"] = ids[pair]
         height, width = _size_of(pair[0])
         frame = _crop(generator.cache.load(*pair, generator.image_size), (height, width))
-        grey, lesion_mask = frame[..., :3].mean(axis=2), frame[..., 3]
+        grey, lesion_mask = frame[..., :3].mean(axis=2), _mask_of(frame)
         contrast = [grey.mean(where=lesion_mask == part) if (lesion_mask == part).any() else np.nan
                     for part in (0, 1)]
         properties[score["id"]] = {
@@ -2495,7 +2526,7 @@ def _pictures(generator: ImageGenerator, prediction: Predictions, pair: Pair) ->
     frame = _crop(generator.cache.load(*pair, generator.image_size), size)
     pictures = {"Input": frame[..., :3]}
     if pair[1] is not None:
-        pictures["Target"] = frame[..., 3]
+        pictures["Target"] = _mask_of(frame)
     height, width = pictures["Input"].shape[:2]
     return {**pictures, "Prediction": _threshold(prediction, size, (height, width))}
 

@@ -350,7 +350,7 @@ def test_masks_of_another_scale_or_off_by_few_pixels_fit_on_request(
     assert f"from {size[0]} × {size[1]} to 40 × 56" in finding.what
     generator = segment.create_generator([image], [mask], image_size=(32, 48), cache=lax)
     truth = segment.PairCache(fit_masks=True).load(image, mask, (40, 56))[None, ..., 3:]
-    assert (truth[0] == original).mean() > 0.93
+    assert (truth[0] == 255 * original).mean() > 0.93
     probabilities = np.full((1, 32, 48, 1), 0.0, np.float32)
     (score,) = segment.results(generator, probabilities, num_imgs=1)
     assert score["specificity"] == 1
