@@ -421,12 +421,12 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
     try:
         with open(path, "rb") as file:
             start = file.read(12)
-        heic = start[4:8] == b"ftyp"
-        _require(not heic, f"{path}: is a HEIC or AVIF file by content: convert it to JPEG.")
-        # Image.open has a limit of 179 megapixels, for files that are decoded whole.
-        whole = functools.partial(Image.open, formats=FORMATS)
-        load: Any = jpeg_factory if start[:2] == b"\xff\xd8" else whole
-        with load(path) as image:
+            file.seek(0)
+            heic = start[4:8] == b"ftyp"
+            _require(not heic, f"{path}: is a HEIC or AVIF file by content: convert it to JPEG.")
+            # Image.open has a limit of 179 megapixels, for files that are decoded whole.
+            whole = functools.partial(Image.open, formats=FORMATS)
+            image: Any = (jpeg_factory if start[:2] == b"\xff\xd8" else whole)(file)
             pixels, most = image.width * image.height, MAX_PIXELS.get(image.format or "", 2**26)
             size = f"{path}: has {pixels} pixels, more than the {most} of a photograph"
             _require(pixels <= most, f"{size}: scale it down or leave it out.")
@@ -458,20 +458,23 @@ def _size_of(path: StrPath) -> Size:
         return _upright_size(image)
 
 
-def _check_same_size(image_path: StrPath, mask_path: StrPath, fit: bool = False) -> None:
-    """Refuses a mask of another size than its image, but with `fit` one that can be resized."""
+def _check_same_size(image_path: StrPath, mask_path: StrPath, fit: bool = False) -> Size:
+    """Returns the size of a pair; refuses a mask of another one, but with `fit` resizable ones."""
     (height, width), (rows, columns) = _size_of(image_path), _size_of(mask_path)
+    if (height, width) == (rows, columns):
+        return height, width
     what = f"{image_path} is {height} × {width} (height × width), but its mask {mask_path} is " \
            f"{rows} × {columns}"
     with _open_image(image_path) as image:
-        turned = _orientation(image) > 4 and (height, width) == (columns, rows) != (rows, columns)
+        turned = _orientation(image) > 4 and (height, width) == (columns, rows)
     _require(not turned, f"{what}: it fits the photo only without its EXIF orientation; turn it.")
     scaled = abs(height * columns - width * rows) <= max(height, width)
     close = max(abs(height - rows), abs(width - columns)) <= 3
     cause = "is off by few pixels" if close else "has another scale" if scaled else ""
     how = f"it {cause}, which --fit-masks (PairCache(fit_masks=True)) accepts" if cause else \
           "expected a mask of the size of its image"
-    _require((height, width) == (rows, columns) or bool(fit and cause), f"{what}: {how}.")
+    _require(bool(fit and cause), f"{what}: {how}.")
+    return height, width
 
 
 def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
@@ -491,8 +494,8 @@ def _to_black_and_white(
     image: Image.Image, lossy: bool, path: StrPath, notes: dict[str, str]
 ) -> Image.Image:
     """Returns a mask with the grey levels 0 and 255, or names the values that it holds."""
-    if image.mode == "L" and not lossy and (np.asarray(image) + np.uint8(1) <= 1).all():
-        return image  # as nearly all masks are: 255 + 1 is 0
+    if image.mode == "L" and not lossy and not any(image.histogram()[1:255]):
+        return image  # as nearly all masks are
     if image.has_transparency_data:
         return _by_alpha(image.convert("RGBA"), path, notes)
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
@@ -582,8 +585,7 @@ class PairCache:
         masks = [np.zeros_like(picture[..., :1]) for picture in pictures]
         notes: dict[str, str] = {}
         if mask_path is not None:
-            _check_same_size(image_path, mask_path, self.fit_masks)
-            size = _size_of(image_path)
+            size = _check_same_size(image_path, mask_path, self.fit_masks)
             masks = _decode(mask_path, image_sizes, mask=True, fit_to=size, notes=notes,
                             soft=self.soft_masks)
             self.notes[mask_path] = notes
