@@ -51,6 +51,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threshold {options.threshold}: expected a probability between 0 and 1")
     if options.image_dir is None:
         parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
+    if options.mask_dir is None and (options.compare or options.metadata):
+        parser.error("--compare and --metadata need scores: add --mask-dir")
     one = len(options.models) == 1 and not Path(options.models[0]).is_dir()
     if options.mask_dir is None and one and not options.all:
         parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
@@ -94,7 +96,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
              for file in sorted(Path(model).glob("fold*/model.keras")) or [model]]
     models = [segment.load_model(file, bfloat16=bfloat16) for file in files]
     record = segment.model_record(models[0])
-    if options.models and len(models) == 1 and not options.all:
+    if options.models and len(models) == 1 and masks and not options.all:
         images, masks = segment.stored_test_split(models[0], images, masks)
         print(f"Evaluating the {len(images)} test images held out in training")
 
@@ -122,7 +124,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
         test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
         output_dir=output, findings=findings, compare=others, metadata=table,
         notes={"model": ", ".join(map(str, files if options.models else [segment.PRETRAINED.name])),
-               "images_used_in_training": len(seen), "compared_with": options.compare})
+               "images_used_in_training": len(seen), "compared_with": options.compare,
+               "bfloat16": any(layer.compute_dtype == "bfloat16" for layer in models[0].layers)})
     print(f"Scores, figures and masks are in {output}")
 
 

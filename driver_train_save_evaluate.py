@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 SAMPLE = Path(__file__).parent / "images" / "sample"
 ON_ISIC = {"image_size": (96, 128), "test_split": 0.03, "epochs": 60, "batch_size": 8}
@@ -147,8 +148,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         splits = [segment.train_val_test_split(images, masks, **draw)]
     images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
     ids = list(map(segment.image_id, images))  # tables of other images stop it before the training
-    others = segment.read_scores(options.compare, ids) if options.compare else ()
-    table = segment.read_metadata(options.metadata, ids) if options.metadata else None
+    others = segment.read_scores(options.compare, ids) if options.compare and ids else ()
+    table = segment.read_metadata(options.metadata, ids) if options.metadata and ids else None
 
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}
@@ -201,11 +202,15 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         return
 
     # 9. Show the results: each image as predicted by the model that has not seen it
+    notes: dict[str, Any] = {"model": str(path), "compared_with": options.compare}
+    if options.folds:
+        thresholds = sorted({lesion.threshold for lesion in predictions})
+        notes |= {"model": str(output), "threshold": thresholds}
     segment.results(
         segment.create_generator(images, masks, **shape), iter(predictions), findings=findings,
         num_imgs=options.num_imgs, output_dir=output, compare=others, metadata=table,
         history=None if options.folds else segment.model_record(model).history,
-        notes={"model": str(path), "compared_with": options.compare})
+        notes=notes)
     print(f"Scores, figures and masks are in {output}")
 
 

@@ -17,7 +17,7 @@ Glossary, valid for every function:
 - `image_paths`, `mask_paths`: files in the same order, one mask for each image.
 - Image: `uint8 (height, width, 3)`, RGB in 0..255. Mask: `uint8 (height, width, 1)`, 1 for lesion
   and 0 elsewhere; its file holds 0 and 255, or 0 and 1.
-- Pair: an image and its mask, as 0 and 255, in one array, `uint8 (height, width, 4)`.
+- Pair: an image and its mask, of 0 and 255 unless soft, in one array, `uint8 (height, width, 4)`.
 - Soft masks: grey levels from 0 to 255 are the probability of lesion, such as the mean of several
   experts. Networks learn them as they are; for scores they are thresholded at half.
 - `image_size`: `(height, width)` in pixels of the frame in which the network sees an image. The
@@ -116,7 +116,7 @@ PRETRAINED = Path(__file__).with_name("pretrained.keras")
 RINGS, ANGLES = 16, 64  # samples of a lesion signature
 SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
 UNFITTED = (0.0, 1.0, -0.005)  # weights of the estimate: soft Dice less a doubt about the outline
-DOUBT = 0.02  # about an estimate of 1, as the scale of the misses; one of 0 has 1 more
+DOUBT = 0.02  # misses are measured in units of DOUBT + 1 - estimate
 BEST = "val_dice_coefficient"  # selects the best epoch
 NEEDS_MASKS = "This needs masks: create the generator with mask_paths."
 
@@ -208,7 +208,7 @@ class Finding(NamedTuple):
     severity: str
     kind: str  # a few words, the same for all files of the kind
     path: str  # of the image, or of the mask if there is no image
-    what: str  # a sentence that names the file
+    what: str  # a sentence that names the file, or the id of a file without a partner
 
 
 def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = False) -> Pairs:
@@ -218,8 +218,8 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = 
     which image and mask share a stem. A mask's name may end in `MASK_NAME`, as `_segmentation`; if
     both folders are the same, it must. Superpixels, hidden files and results are ignored.
 
-    An id that occurs twice, and an image or a mask without a partner is an error, or with
-    `skip_bad` a warning; `unpaired_files` lists them.
+    Ids that occur twice and files without a partner are an error, or with `skip_bad` a warning;
+    `unpaired_files` lists them.
     """
     pairs, findings = _pair_files(image_dir, mask_dir)
     kinds = Counter(finding.kind for finding in findings)
@@ -262,15 +262,13 @@ def _pair_files(
         by_id.setdefault(image_id(path), ([], []))[i].append(path)
     pairs, findings = list[tuple[str, str]](), list[Finding]()
     for id_, files in sorted(by_id.items()):
-        counts = len(files[0]), len(files[1])
-        paths = [*files[0], *files[1]]
+        paths, counts = [*files[0], *files[1]], (len(files[0]), len(files[1]))
         if counts == (1, 1):
             pairs.append((paths[0], paths[1]))
-        elif counts in UNPAIRED:
-            findings.append(Finding("error", UNPAIRED[counts], paths[0], id_))
         else:
-            what = f"{id_}: {' and '.join(paths)}"
-            findings.append(Finding("error", "ids that several files share", paths[0], what))
+            kind = UNPAIRED.get(counts, "ids that several files share")
+            what = id_ if counts in UNPAIRED else f"{id_}: {' and '.join(paths)}"
+            findings.append(Finding("error", kind, paths[0], what))
     return pairs, findings
 
 
@@ -379,7 +377,7 @@ def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDA
 def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
     """Loads a mask into a frame as its image is, or with `None` at its original resolution.
 
-    A pixel is lesion where at least half of its area is. Those of a JPEG may be nearly 0 and 255.
+    A pixel is lesion where at least half of its area is. A JPEG may be only nearly 0 and 255.
     """
     return _decode(path, [image_size], mask=True)[0] // np.uint8(255)
 
@@ -403,13 +401,13 @@ def _decode(
             image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
         image.load()  # a TIFF is upright only now
         ImageOps.exif_transpose(image, in_place=True)
-        notes = {} if notes is None else notes
-        if mask and soft and image.getextrema() != (0, 1):
-            image = _to_rgb(image, path).convert("L")
-        elif mask:
-            image = _to_black_and_white(image, lossy, path, notes)
-        else:
+        grey = _to_rgb(image, path).convert("L") if soft else None
+        if not mask:
             image = _to_rgb(image, path)
+        elif grey and grey.getextrema()[1] not in (1, grey.getextrema()[0]):
+            image = grey
+        else:  # or a soft mask of 0 and 1, or of one colour, whose alpha channel may vary
+            image = _to_black_and_white(image, lossy, path, {} if notes is None else notes)
         fitted = [np.asarray(_fit(image, size, frame)) for frame in image_sizes]
     masks = ((levels if soft else (levels >= 128) * np.uint8(255))[..., None] for levels in fitted)
     return list(masks) if mask else fitted
@@ -599,7 +597,7 @@ class PairCache:
     def _find(self, name: str, image_size: Size) -> Array | None:
         if name in self._kept or self.folder is None:
             return self._kept.get(name)
-        with contextlib.suppress(OSError, ValueError, EOFError, SyntaxError):  # absent or damaged
+        with contextlib.suppress(Exception):  # absent, or damaged in any way
             pair: Array = np.load(self.folder / f"{name}.npy", allow_pickle=False)
             if pair.shape == (*image_size, 4) and pair.dtype == np.uint8:
                 self._keep(name, pair)
@@ -673,7 +671,7 @@ def check_pairs(
 ) -> list[Finding]:
     """Checks every file before a training that would fail on it an hour later.
 
-    Errors are files that cannot be read, masks with other than two values, and masks of another
+    Errors are files that cannot be read, masks neither of two values nor soft, and masks of another
     size than their image. Warnings are an unexpected format or mode, further pages, duplicates,
     masks that may lie turned, hold unusual values or were resized, and those that are empty, full,
     probably inverted, of several regions or with holes, as seen in the first of the frames in which
@@ -812,8 +810,7 @@ def usable_pairs(
         several = f"{kind}: {count} files, first " if count > 1 else ""
         warnings.warn(f"{left_out}{several}{first.what}", stacklevel=2)
     pairs = _zip_pairs(image_paths, mask_paths or None)
-    good = [(image, mask) for image, mask in pairs if image not in bad]
-    return [image for image, _ in good], [mask for _, mask in good if mask], findings
+    return *_unzip([[pair for pair in pairs if pair[0] not in bad]]), findings
 
 
 # --- 3. Split: at random, the images of one lesion together -----------------------------------
@@ -840,7 +837,7 @@ def _group_lesions(pairs: list[Pair], image_size: Size, cache: PairCache) -> lis
     if len(pairs) < 2:
         return [pairs]
     with ThreadPoolExecutor() as pool:
-        sign = functools.partial(_lesion_signature, image_size, cache)
+        sign = functools.partial(_lesion_signature, _check_image_size(image_size), cache)
         signatures = np.stack(list(pool.map(sign, pairs)))
     magnitudes = np.abs(signatures).reshape(len(pairs), -1)
     search = NearestNeighbors(n_neighbors=min(8, len(pairs) - 1), algorithm="brute")
@@ -902,11 +899,9 @@ def train_val_test_split(
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     _check_seed(seed)
-    for name, fraction in {"val_split": val_split, "test_split": test_split}.items():
-        _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
     lesions = _group_lesions(pairs, image_size, cache or PairCache(0))
-    rest, test = _draw(lesions, test_split, seed)
-    train, val = _draw(rest, val_split, seed)
+    rest, test = _draw(lesions, test_split, seed, "test_split")
+    train, val = _draw(rest, val_split, seed, "val_split")
     least = 1 + (val_split > 0) + (test_split > 0)
     _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on: expected"
              f" at least {least} lesions; val_split and test_split of 0 make do with fewer.")
@@ -928,15 +923,18 @@ def cross_validation_splits(
     _require(enough, f"folds is {folds}: expected 2 to {len(lesions)}, the number of lesions.")
     splits = []
     for rest, test in KFold(folds, shuffle=True, random_state=seed).split(lesions):
-        train, val = _draw([lesions[i] for i in rest], val_split, seed)
+        train, val = _draw([lesions[i] for i in rest], val_split, seed, "val_split")
+        _require(bool(train), f"{len(rest)} of the lesions are too few to train and validate on: "
+                 "expected more, or a val_split of 0.")
         splits.append((_unzip(train), _unzip(val), _unzip(lesions[i] for i in test)))
     return splits
 
 
 def _draw(
-    lesions: list[list[Pair]], fraction: float, seed: int
+    lesions: list[list[Pair]], fraction: float, seed: int, name: str
 ) -> tuple[list[list[Pair]], list[list[Pair]]]:
     """Draws lesions at random until they hold a fraction of the pairs: `(rest, drawn)`."""
+    _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
     pairs = sum(map(len, lesions))
     count = math.floor(fraction * pairs + 1e-9)  # 0.29 * 100 < 29
     count = max(1, count) if fraction and pairs else 0
@@ -964,8 +962,8 @@ def _unzip(lesions: Iterable[Iterable[Pair]]) -> Pairs:
 
 # --- 4. Generators: batches of images and masks, augmented on demand --------------------------
 
-# The default cache: one budget for all generators, freed with the last of them.
-_shared: weakref.WeakValueDictionary[str, PairCache] = weakref.WeakValueDictionary()
+# The default caches, of soft masks and of others: one budget each, freed with its last generator.
+_shared: weakref.WeakValueDictionary[bool, PairCache] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(eq=False)
@@ -986,7 +984,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         cache: By default all generators share 2 GiB of memory: 2,048 pairs of 512 x 512, the size
             at which a frame of 256 x 256 is augmented.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
-        soft_masks: Whether masks are soft, if no cache says so.
+        soft_masks: Whether masks are soft; a `cache` that is given says so itself.
         workers: Threads that load batches.
     """
 
@@ -1006,8 +1004,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
     def __post_init__(self, soft_masks: bool, workers: int) -> None:
         super().__init__(workers=workers)
         self.pairs = _zip_pairs(self.image_paths, self.mask_paths)
-        shared = functools.partial(PairCache, soft_masks=soft_masks)
-        self.cache = self.cache or _shared.setdefault(f"soft: {soft_masks}", shared())
+        self.cache = self.cache or _shared.setdefault(soft_masks, PairCache(soft_masks=soft_masks))
         self.epoch = 0  # selects order and augmentation
         self.failure: SegmentError | None = None  # of a file, which a backend may wrap
         self.image_size = _check_image_size(self.image_size)
@@ -1135,16 +1132,14 @@ def create_model(
 
 def _recast(model: keras.Model, dtype: str) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
+    def recast(layer: keras.Layer) -> keras.Layer:
+        end = isinstance(layer, (layers.Rescaling, layers.Activation))
+        return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
+
     network = keras.Model(model.inputs, model.outputs, name=model.name)  # not compiled
-    recast = functools.partial(_recast_layer, dtype)
     copy = keras.models.clone_model(network, clone_function=recast)
     copy.set_weights(model.get_weights())
     return copy
-
-
-def _recast_layer(dtype: str, layer: keras.Layer) -> keras.Layer:
-    is_end = isinstance(layer, (layers.Rescaling, layers.Activation))
-    return type(layer).from_config({**layer.get_config(), "dtype": "float32" if is_end else dtype})
 
 
 def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
@@ -1220,7 +1215,8 @@ def _fused_norms(model: keras.Model, moments: bool = False) -> Iterator[None]:
     """
     tf = keras.backend.backend() == "tensorflow" and sys.modules["tensorflow"]
     fused = moments or (tf and not tf.config.list_physical_devices("GPU"))  # XLA fuses there
-    norms = [norm for norm in model.layers if fused and isinstance(norm, layers.GroupNormalization)]
+    norms = [norm for norm in model.layers if fused and isinstance(norm, layers.GroupNormalization)
+             and "call" not in vars(norm)]  # as inside another block
     for norm in norms:
         norm.call = functools.partial(_normalize, norm, moments)
     try:
@@ -1264,7 +1260,8 @@ def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """Soft Dice loss of each image, `float32 (N,)` in 0..1.
 
     One pixel is added to numerator and denominator of the loss of Milletari et al. 2016
-    (arXiv:1606.04797). So the loss of an empty mask falls to 0 as the prediction empties.
+    (arXiv:1606.04797). So the loss of an empty mask falls to 0 as the prediction empties. That of a
+    soft mask is lowest where both are equal (Wang et al. 2023, arXiv:2303.16296).
     """
     intersection, total = _overlap(y_true, y_pred)
     return 1 - (2 * intersection + 1) / (total + 1)
@@ -1285,7 +1282,8 @@ def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection and sum of the two areas, `float32 (N,)` in pixels."""
     y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
     pixels = tuple(range(1, len(y_pred.shape)))
-    return ops.sum(y_true * y_pred, pixels), ops.sum(y_true, pixels) + ops.sum(y_pred, pixels)
+    shared = ops.sum(ops.minimum(y_true, y_pred), pixels)  # the product, if one is 0 or 1
+    return shared, ops.sum(y_true, pixels) + ops.sum(y_pred, pixels)
 
 
 def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
@@ -1398,8 +1396,7 @@ def train_model(
 
 def _check_training(model: keras.Model, generators: list[Any], epochs: int, rate: float) -> None:
     _require(epochs >= 1, f"epochs is {epochs}: expected 1 or more.")
-    valid = 0 < rate < math.inf
-    _require(valid, f"learning_rate is {rate}: expected a number above 0.")
+    _require(0 < rate < math.inf, f"learning_rate is {rate}: expected a number above 0.")
     for generator in generators:
         if isinstance(generator, ImageGenerator):  # users may pass another PyDataset
             _check_frame(model, generator)
@@ -1451,6 +1448,7 @@ def _record_training(
     record.origin |= {"learning_rate": learning_rate, "device": describe_device(), **versions}
     if isinstance(generator, ImageGenerator):
         record.origin["seed"], record.batch_size = generator.seed, generator.batch_size
+    record.estimate = []  # of other weights
     if split is not None:
         counts = Counter(os.path.realpath(image) for images, _ in split for image in images)
         twice = [image for image, count in counts.items() if count > 1]
@@ -1525,7 +1523,11 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         _require(math.isfinite(loss), f"The loss became {loss} in epoch {epoch + 1}, where "
                  f"training stopped: try a learning rate below {logs['learning_rate']:g}.")
-        history = model_record(self.model).history
+        history, scored = model_record(self.model).history, {BEST, "val_loss"}
+        if scored & history.keys() != scored & logs.keys():  # not comparable with earlier epochs
+            self.best = None
+        for name in history.keys() - logs.keys():  # or its end would be taken for its beginning
+            del history[name]
         for name, value in logs.items():
             history.setdefault(name, []).append(value)
         score = _epoch_scores(history)[-1]
@@ -1579,9 +1581,8 @@ def _remember(probabilities: Array, source: ModelRecord | Predictions) -> Predic
 
 
 def _check_threshold(threshold: float) -> float:
-    valid = 0 < threshold < 1
-    _require(valid, f"threshold is {threshold}: expected a probability between 0 and 1.")
-    return threshold
+    _require(0 < threshold < 1, f"threshold is {threshold}: expected a probability in (0, 1).")
+    return float(threshold)
 
 
 def predict(model: Models, generator: ImageGenerator, **settings: Any) -> Predictions:
@@ -1597,13 +1598,12 @@ def predict_each(
     """Yields `float32 (height, width, 1)` for each image, in their order and not augmented.
 
     Several models yield the mean of their probabilities, which is uncertain where they disagree. A
-    setting that is `None` is that of the record; of several models the mean threshold. The
-    probabilities remember threshold and one region for `results` and `restore_masks`. A batch is
+    setting that is `None` is that of the record; of several models the mean. The probabilities
+    remember threshold, one region and estimate for `results` and `restore_masks`. A batch is
     predicted while the next one loads.
     """
     models, record = _settings(model, mirror=mirror, one_region=one_region, threshold=threshold)
-    for member in models:
-        _check_frame(member, generator)
+    _check_frame(models[0], generator)
     images = dataclasses.replace(generator, shuffle=False, augment=False, whole_batches=False,
                                  workers=1)
     size = images.batch_size
@@ -1625,9 +1625,12 @@ def predict_each(
 
 
 def _settings(model: Models, **given: Any) -> tuple[list[keras.Model], ModelRecord]:
-    """The models of one or several, and the first record with means of theirs and what is given."""
+    """The models as a list, and the first record with the means of all and the given settings."""
     models = [model] if isinstance(model, keras.Model) else list(model)
     _require(bool(models), "The list of models is empty: expected at least one.")
+    frames = sorted({str(member.input_shape[1:3]) for member in models})
+    one = len(frames) == 1
+    _require(one, f"The models take images of {' and '.join(frames)}: expected one size.")
     records = list(map(model_record, models))
     fitted = all(record.estimate for record in records)
     means: dict[str, Any] = {
@@ -1641,7 +1644,7 @@ def _settings(model: Models, **given: Any) -> tuple[list[keras.Model], ModelReco
 def _predict_batch(
     models: Sequence[keras.Model], images: Array, mirror: bool, once: bool = False
 ) -> Array:
-    """The mean probabilities of models and flips, flipped back; not traced to be used `once`."""
+    """The mean probabilities of models and flips, flipped back; with `once` run without tracing."""
     flips = ((), (2,), (1,), (1, 2)) if mirror else ((),)
     views = np.concatenate([np.flip(images, axes) for axes in flips])  # (flips * N, H, W, 3)
     eager = once and keras.backend.backend() == "tensorflow"  # tracing takes longer than 4 views
@@ -1737,11 +1740,11 @@ def _dice_by_threshold(
     size = _size_of(pair[0])
     scale = min(1, 512 / max(size))
     shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    truth = _decode(str(pair[1]), [shape], mask=True, soft=soft)[0][..., 0] >= 128
+    (truth,) = _decode(str(pair[1]), [shape], mask=True, fit_to=size, soft=soft)
     dice = []
     for choice in choices:
         lesion.threshold = choice
-        dice.append(score_masks(truth, _threshold(lesion, size, shape))["dice"])
+        dice.append(score_masks(truth[..., 0] >= 128, _threshold(lesion, size, shape))["dice"])
     return dice
 
 
@@ -1768,9 +1771,10 @@ def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
 
 
 def _certainty(prediction: Predictions) -> tuple[float, float, float]:
-    """1, the soft Dice of mask and probabilities, 1 / sqrt(share of the frame); 0 if it is empty.
+    """1, the soft Dice of mask and probabilities, 1 / sqrt(fraction of the frame).
 
-    The same outline error costs a small lesion more.
+    The last one is there since the same outline error costs a small lesion more. All are 0 for an
+    empty mask.
     """
     mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
     if not mask.any():
@@ -1915,7 +1919,7 @@ def save_model(
     record.threshold = record.threshold if threshold is None else _check_threshold(threshold)
     record.mirror = record.mirror if mirror is None else mirror
     record.one_region = record.one_region if one_region is None else one_region
-    record.estimate = record.estimate if estimate is None else estimate
+    record.estimate = record.estimate if estimate is None else list(map(float, estimate))
     with _written_whole(path) as temporary:
         (model if optimizer else _recast(model, "float32")).save(temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -1952,12 +1956,11 @@ def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> 
     fits = shapes[0][3:] == (3,) and shapes[1] == (*shapes[0][:3], 1) and None not in shapes[0][1:]
     _require(fits, f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
              "(None, height, width, 1), as create_model makes it.")
-    fast = bfloat16 or (bfloat16 is None and _native_bfloat16())
-    faster = _recast(model, "mixed_bfloat16") if fast else model
+    if not bfloat16 and (bfloat16 is False or not _native_bfloat16()):
+        return model
+    faster = _recast(model, "mixed_bfloat16")
     faster.record = record
-    if fast and bfloat16 is None:
-        return min((model, faster), key=_seconds_per_batch)
-    return faster
+    return faster if bfloat16 else min((model, faster), key=_seconds_per_batch)
 
 
 def _native_bfloat16() -> bool:
@@ -2007,14 +2010,13 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
     defaults = dataclasses.asdict(ModelRecord())
     values = {name: fields.get(name, default) for name, default in defaults.items()}
     curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
-    estimate = values["estimate"]
     valid = (
         all(type(values[name]) is type(default) for name, default in defaults.items())
         and all(isinstance(id_, str) for id_ in ids)
-        and all(isinstance(value, float) for curve in curves for value in curve)
+        and all(isinstance(x, float) for curve in (*curves, values["estimate"]) for x in curve)
         and all(0 < len(curve) <= len(values["history"]["loss"]) for curve in curves)
         and 0 < values["threshold"] < 1 and values["batch_size"] in range(1, 2**16)
-        and len(estimate) in (0, 4) and all(isinstance(value, float) for value in estimate)
+        and len(values["estimate"]) in (0, 4)
     )  # fmt: skip
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
     return ModelRecord(**{**values, "format": RECORD_FORMAT})
@@ -2045,7 +2047,7 @@ def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> 
         "height": shape[0], "width": shape[1], "resampling": "bilinear", "mirror_built_in": mirror,
         "input": "uint8 RGB in 0..255", "exporter": describe_device(), "fitting": "Turn by EXIF, "
         "scale evenly to fit, centre on black; crop the result, scale it back, threshold (>=)."}
-    patches = np.random.default_rng(0).uniform(0, 255, (9, 16, 16, 3))  # of which few are clear
+    patches = np.random.default_rng(0).uniform(0, 255, (9, 16, 16, 3))  # undecided, so sensitive
     images = ops.convert_to_numpy(ops.cast(ops.image.resize(patches, shape[:2]), "uint8"))
     if mirror:
         image, flips = keras.Input(shape), [np.s_[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
@@ -2156,7 +2158,7 @@ def results(
         that shows the same lesion.
     """
     _check_predictions(test_generator, predictions)
-    _require(not compare or test_generator.mask_paths is not None, NEEDS_MASKS)
+    _require(not (compare or metadata) or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
@@ -2171,7 +2173,10 @@ def results(
         later = [k for k in drawn if k >= num_imgs]
         if len(later) > num_imgs:  # keep only what is drawn
             del drawn[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
-    summary = {"threshold": lesion.threshold, **(notes or {})}
+    # Of several folds, some may be too small to fit an estimate.
+    names = [name for name in scores[0] if all(name in score for score in scores)]
+    scores = [{name: score[name] for name in names} for score in scores]
+    summary = {"threshold": float(lesion.threshold), **(notes or {})}
     summary["left_out"] = [finding.path for finding in findings if finding.severity == "error"]
     summary["resized_masks"] = sum(finding.kind == "resized masks" for finding in findings)
     if test_generator.mask_paths is not None:
@@ -2206,7 +2211,7 @@ def _score_each(
 ) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """Scores predictions as they arrive, one on each processor; at most 64 wait."""
     waiting: deque[tuple[Future[dict[str, Any]], Predictions]] = deque()
-    names = itertools.chain(_unique_names([image for image, _ in generator.pairs]), [""])
+    names = iter(_unique_names([image for image, _ in generator.pairs]))
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
@@ -2336,7 +2341,7 @@ def _mean_interval(values: Array | Sequence[float], lesions: Sequence[str]) -> l
 
 
 def read_scores(path: StrPath, ids: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Reads a `scores.csv` of images with masks, of which one of `ids`, if given, must be one."""
+    """Reads a `scores.csv` of images with masks; with `ids`, it must score at least one of them."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [{key: cell if key in ("id", "lesion") else float(cell) for key, cell in
@@ -2345,7 +2350,8 @@ def read_scores(path: StrPath, ids: Iterable[str] = ()) -> list[dict[str, Any]]:
     except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise SegmentError(f"{path}: expected a scores.csv with id and dice ({error}).") from error
     once, other = len(scored) == len(rows), scored.isdisjoint(ids := set(ids))
-    _require(once, f"{path} has {len(rows)} rows for {len(scored)} ids: expected one each.")
+    _require(once, f"{path} has {len(rows)} rows for {len(scored)} ids with a Dice of 0 to 1: "
+             "expected one each.")
     _require(not (ids and other), f"{path} scores none of these {len(ids)} images.")
     return rows
 
@@ -2362,12 +2368,15 @@ def compare_scores(
     both = [row for row in scores if row["id"] in there and "dice" in row]
     _require(bool(both), "No image has a Dice in both: compare scores of the same images.")
     change = np.array([float(row["dice"]) - there[row["id"]] for row in both])
+    lesions = [row.get("lesion", row["id"]) for row in both]
+    _, numbers, counts = np.unique(lesions, return_inverse=True, return_counts=True)
+    means = np.bincount(numbers, change) / counts  # of lesions, which are independent
     return {
         "images": len(both), "unmatched": len(scores) + len(others) - 2 * len(both),
         "mean_difference": float(change.mean()), "wins": int((change > 0).sum()),
         "ties": int((change == 0).sum()), "losses": int((change < 0).sum()),
-        "ci95": _mean_interval(change, [row.get("lesion", row["id"]) for row in both]),
-        "wilcoxon_p": float(stats.wilcoxon(change).pvalue) if change.any() else 1.0,
+        "ci95": _mean_interval(change, lesions),
+        "wilcoxon_p": float(stats.wilcoxon(means).pvalue) if means.any() else 1.0,
         "most_changed": {both[i]["id"]: float(change[i]) for i in np.argsort(-abs(change))[:10]},
     }
 
@@ -2379,9 +2388,9 @@ def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            dialect = csv.Sniffer().sniff(file.readline(), ",;\t")
+            delimiter = max(",;\t", key=file.readline().count)
             file.seek(0)
-            table = csv.DictReader(file, restval="", dialect=dialect)
+            table = csv.DictReader(file, restval="", delimiter=delimiter)
             rows = [{key: cell for key, cell in row.items() if key} for row in table]
     except (OSError, ValueError, csv.Error) as error:
         raise SegmentError(f"{path}: expected a CSV file with a header ({error}).") from error
@@ -2401,7 +2410,8 @@ def subgroups(
 ) -> list[dict[str, Any]]:
     """Scores the groups of images that share a property, given as `{id: {property: value}}`.
 
-    Numbers are grouped by quartile. A property with more than 20 other values is left out.
+    More than 8 different numbers are grouped by quartile. A property with more than 20 groups, or
+    with one, is left out.
 
     Returns:
         For each group `{"property", "group", "images", "dice", "ci95", "failures"}`, with the mean
@@ -2433,7 +2443,7 @@ def _group_values(values: Sequence[Any]) -> dict[str, list[int]]:
         if len(set(known)) > 8:
             edges = np.unique(np.quantile(known, (0, 0.25, 0.5, 0.75, 1)))
             bins = np.searchsorted(edges[1:-1], ranks, "right")
-            texts = ["missing" if rank == math.inf else f"{edges[i]:.4g} to {edges[i + 1]:.4g}"
+            texts = ["missing" if rank == math.inf else f"{edges[i]:g} to {edges[i + 1]:g}"
                      for rank, i in zip(ranks, bins, strict=True)]
     groups: dict[str, list[int]] = {}
     for i in sorted(range(len(texts)), key=ranks.__getitem__):
@@ -2565,7 +2575,7 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
     panels = [name for name in titles if history.get(name)]
     _require(bool(panels), "The history holds no epoch: train the model first.")
     figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
-    epochs, scores = len(history[panels[0]]), _epoch_scores(history)
+    epochs, scores = max(map(len, history.values())), _epoch_scores(history)
     best = epochs - len(scores) + int(np.argmax(scores)) + 1
     for cell, name in zip(axes, panels, strict=True):
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
@@ -2613,6 +2623,7 @@ main img { width: 100%; aspect-ratio: 4/3; object-fit: contain } :target img { h
 <label $unscored><input type="checkbox" name="failures">failures (Jaccard &lt; $failure)</label>
 <span>Outlines: prediction magenta<span $unscored>, target lime</span></span></form>
 <main id="gallery"><!-- cards --></main><script>
+view.onsubmit = () => false;
 const cards = [...gallery.children], {compare} = new Intl.Collator('en', {numeric: true});
 (view.oninput = () => {
   const by = view.by.value, part = view.part.value.toLowerCase(), sign = view.down.checked ? -1 : 1;
@@ -2632,8 +2643,8 @@ def _write_page(
     """Writes `report.html`, a single file: tables, plots, and all images to sort and filter."""
     _, *names = scores[0]
     facts = [{"": name, "value": v} for name, v in summary.items() if isinstance(v, int | float)]
-    comparison = [{"comparison": k, "value": v} for k, v in summary.get("comparison", {}).items()
-                  if not isinstance(v, dict)]
+    comparison = [{"comparison": k, "value": f"{v:.2g}" if k == "wilcoxon_p" else v} for k, v in
+                  summary.get("comparison", {}).items() if not isinstance(v, dict)]
     top, bottom = PAGE.substitute(
         total=len(scores), failure=JACCARD_FAILURE, unscored="hidden" * ("dice" not in names),
         tables=_table(facts) + _table([{"": n, **summary[n]} for n in names if n in summary])
@@ -2676,8 +2687,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _text(value: Any) -> str:
     """Text in HTML: numbers with four digits, an interval as `low – high`."""
-    if isinstance(value, list):
-        return " – ".join(map(_text, value))
+    if isinstance(value, list | None):
+        return " – ".join(map(_text, value or ()))
     return html.escape(f"{value:.4f}" if isinstance(value, float) else str(value))
 
 
@@ -2726,11 +2737,13 @@ def _reuse_freed_memory() -> None:
 
 def _check_files(options: Any) -> None:
     """Refuses tables that are missing, and an output folder in which results mix with images."""
-    for path in filter(None, (getattr(options, name, None) for name in ("compare", "metadata"))):
-        _require(Path(path).is_file(), f"{path}: there is no such file.")
+    for name in ("compare", "metadata", "start_from"):
+        path = getattr(options, name, None)
+        _require(not path or Path(path).is_file(), f"{path}: there is no such file.")
     if (output := getattr(options, "output", None)) is not None:
         written = {Path(output, name).resolve() for name in ("", "masks", "overlays")}
-        folders = filter(None, (options.image_dir, options.mask_dir))
+        names = ("image_dir", "mask_dir", "val_dir", "val_masks")
+        folders = filter(None, (getattr(options, name, None) for name in names))
         given = {Path(folder).resolve() for folder in folders}
         _require(not written & given, f"--output {output} would write among the images or masks: "
                  "give a folder of its own.")

@@ -3,7 +3,8 @@
 Usage: python tests/run_onnx.py MODEL.onnx IMAGE... --output DIR
 
 NumPy, Pillow and ONNX Runtime are enough. The comments say what a program in another language has
-to do. Images of 16 bits, which `segment` reads as well, are left out.
+to do. Images of 16 bits, which `segment` reads as well, are refused. Of images that share a name,
+the mask of the last one stays.
 """
 
 import argparse
@@ -30,6 +31,8 @@ def letterbox(size: Size, frame: Size) -> tuple[int, int, int, int]:
 def load(path: str, frame: Size) -> tuple[Array, Size]:
     """The image in its frame, uint8 (height, width, 3), RGB, and its original size."""
     image: Image.Image = Image.open(path)
+    if image.mode[0] in "IF":
+        raise SystemExit(f"{path}: has more than 8 bits: convert it.")
     # EXIF orientations above 4 swap the sides; Pillow turns a TIFF itself.
     turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     size = (image.width, image.height) if turned else (image.height, image.width)

@@ -73,7 +73,9 @@ def test_another_frame_and_a_changed_file_are_decoded_again(
     assert decoded == [image, mask] * 3
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "another shape", "another type"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "text", "truncated", "header", "another shape", "another type"]
+)
 def test_a_damaged_entry_is_decoded_again_and_replaced(
     make_pairs: MakePairs, tmp_path: Path, decoded: list[str], damage: str
 ) -> None:
@@ -85,7 +87,9 @@ def test_a_damaged_entry_is_decoded_again_and_replaced(
     elif damage == "another type":
         np.save(file, expected.astype(np.float32))
     else:
-        file.write_bytes({"empty": b"", "text": b"none"}.get(damage, file.read_bytes()[:-1]))
+        whole = file.read_bytes()
+        damaged = {"empty": b"", "text": b"none", "header": whole.replace(b")", b" ", 1)}
+        file.write_bytes(damaged.get(damage, whole[:-1]))
     for _ in range(2):
         pair = segment.PairCache(0, tmp_path).load(image, mask, SIZE)
         np.testing.assert_array_equal(pair, expected)

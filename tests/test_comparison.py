@@ -76,6 +76,16 @@ def test_the_interval_is_that_of_the_paired_differences_by_lesion() -> None:
     assert segment.compare_scores(scores[:3], others)["ci95"] is None  # of one lesion
 
 
+def test_the_images_of_a_lesion_count_once_in_the_test_of_wilcoxon() -> None:
+    rng = np.random.default_rng(0)
+    gains = np.repeat(rng.normal(0.02, 0.05, 10), 4)
+    scores = [{"id": str(i), "dice": 0.7 + gains[i], "lesion": str(i // 4)} for i in range(40)]
+    others = rows({str(i): 0.7 for i in range(40)})
+    p = segment.compare_scores(scores, others)["wilcoxon_p"]
+    assert p == pytest.approx(stats.wilcoxon(gains[::4]).pvalue)
+    assert p > 10 * stats.wilcoxon(gains).pvalue
+
+
 def test_runs_without_a_common_image_or_without_masks_are_refused() -> None:
     blind = [{"id": "a", "estimated_dice": 0.5}]
     for others in (rows({"x": 0.5}), blind, []):

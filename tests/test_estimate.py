@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,8 +110,10 @@ def test_the_model_file_holds_the_estimate_and_several_models_their_mean(tmp_pat
 
 
 @pytest.mark.parametrize("estimate", [[1.0], [1.0, 2.0, 3.0, "4"], {"a": 1.0}])
-def test_a_damaged_estimate_is_refused(tmp_path: Path, estimate: object) -> None:
-    segment.save_model(tiny_network(SIZE), tmp_path / "m.keras", estimate=estimate)  # type: ignore[arg-type]
+def test_a_damaged_estimate_is_refused(tmp_path: Path, estimate: Any) -> None:
+    model = tiny_network(SIZE)
+    segment.model_record(model).estimate = estimate
+    segment.save_model(model, tmp_path / "m.keras")
     with pytest.raises(segment.SegmentError, match="is not as save_model writes it"):
         segment.load_model(tmp_path / "m.keras")
 
@@ -130,3 +133,26 @@ def test_the_results_have_the_bound_and_how_often_it_holds(
     np.testing.assert_allclose(written, np.sort(dice)[2])
     assert [score["estimated_dice"] for score in scores] == written
     assert "<option>dice_lower_bound" in (tmp_path / "report.html").read_text()
+
+
+def test_a_fold_without_a_fitted_estimate_leaves_out_the_bound_of_all(discs: Discs) -> None:
+    generator, predictions = discs(4)
+    for fitted in ((0, 1), (2, 3)):
+        mixed = [prediction.copy() for prediction in predictions]
+        for i in fitted:
+            mixed[i].estimate = [0.0, 1.0, 0.0, 0.1]
+        scores = segment.results(generator, iter(mixed))
+        assert not any("dice_lower_bound" in score for score in scores)
+
+
+def test_a_resized_mask_is_scored_as_in_the_results(tmp_path: Path) -> None:
+    y, x = np.mgrid[:60, :60]
+    disc = np.hypot(y - 30, x - 30) < 20
+    image, mask = str(tmp_path / "image.png"), str(tmp_path / "mask.png")
+    Image.fromarray(disc.astype(np.uint8) * 255).save(mask)
+    Image.open(mask).convert("RGB").resize((57, 60)).save(image)
+    cache = segment.PairCache(fit_masks=True)
+    generator = segment.create_generator([image], [mask], image_size=(60, 60), cache=cache)
+    predictions = generator[0][1].astype(np.float32)
+    (score,) = segment.results(generator, predictions)
+    assert segment._measure_dice(generator, predictions, [0.5]) == pytest.approx(score["dice"])

@@ -84,6 +84,14 @@ def test_an_impossible_number_of_folds_is_refused(folds: int) -> None:
         segment.cross_validation_splits(IMAGES[:10], MASKS[:10], folds)
 
 
+@pytest.mark.parametrize("val_split", [float("nan"), -0.5, 1.0])
+def test_an_impossible_fraction_to_validate_on_is_refused(val_split: float) -> None:
+    with pytest.raises(segment.SegmentError, match=f"val_split is {val_split}: expected a fracti"):
+        segment.cross_validation_splits(IMAGES[:10], MASKS[:10], 2, val_split=val_split)
+    with pytest.raises(segment.SegmentError, match="1 of the lesions are too few to train"):
+        segment.cross_validation_splits(IMAGES[:2], MASKS[:2], 2)
+
+
 def test_each_image_is_scored_by_the_model_that_has_not_seen_it(
     validated: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +140,7 @@ def test_several_models_predict_the_mean_of_their_probabilities(make_pairs: Make
     assert mean.threshold == pytest.approx(0.45)
     with pytest.raises(segment.SegmentError, match="The list of models is empty"):
         segment.predict([], generator)
-    with pytest.raises(segment.SegmentError, match=r"takes images of \(48, 32\), but"):
+    with pytest.raises(segment.SegmentError, match=r"images of \(32, 32\) and \(48, 32\)"):
         segment.predict([*models, tiny_network((48, 32))], generator)
 
 

@@ -227,3 +227,14 @@ def test_the_device_is_named_in_one_line() -> None:
     line = segment.describe_device()
     assert re.fullmatch(r"\S+ \(\w+ [\d.+a-z]+, Keras [\d.]+\)", line)
     assert keras.backend.backend() in line
+
+
+def test_a_model_may_predict_while_it_trains() -> None:
+    model = segment.create_model((16, 16), num_filters=1)
+    stock = [layer.call for layer in model.layers]
+    with segment._fused_norms(model):
+        inside = [layer.call for layer in model.layers]
+        with segment._fused_norms(model):
+            pass
+        assert [layer.call for layer in model.layers] == inside
+    assert [layer.call for layer in model.layers] == stock

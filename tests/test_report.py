@@ -251,7 +251,7 @@ def test_any_rows_become_a_table() -> None:
     rows = [{"site": "<leg>", "n": 7}, {"site": "arm", "dice": 0.123456, "ci95": [0.1, None]}]
     assert segment._table(rows) == (
         "<table><tr><td>site<td>n<td>dice<td>ci95<tr><td>&lt;leg&gt;<td>7<td><td>"
-        "<tr><td>arm<td><td>0.1235<td>0.1000 – None</table>"
+        "<tr><td>arm<td><td>0.1235<td>0.1000 – </table>"
     )
 
 

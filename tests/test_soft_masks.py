@@ -1,9 +1,10 @@
 """Masks whose grey levels are probabilities, such as the mean of several experts."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import keras
 import numpy as np
 import pytest
 from conftest import MakePairs, draw_lesion
@@ -85,13 +86,38 @@ def test_scores_and_threshold_take_the_mask_at_half(pairs: segment.Pairs) -> Non
     assert segment.choose_threshold(generator, predictions) == 0.5
 
 
-def test_the_loss_is_lowest_where_the_prediction_is_the_probability() -> None:
-    target = np.full((1, 4, 4, 1), 0.2, np.float32)
-    losses = [
-        float(keras.ops.mean(keras.losses.binary_crossentropy(target, np.full_like(target, p))))
-        for p in (0.05, 0.2, 0.5)
-    ]
-    assert min(losses) == losses[1]
+@pytest.mark.parametrize("loss", [segment.dice_loss, segment.dice_cross_entropy_loss])
+@pytest.mark.parametrize("expert", [0.2, 0.4, 0.6])
+def test_the_losses_are_lowest_where_the_prediction_is_the_probability(
+    loss: Callable[..., Any], expert: float
+) -> None:
+    target = np.zeros((1, 16, 16, 1), np.float32)
+    target[:, 4:12, 4:12] = 1  # a core that is certain, and a rim of which the experts are not
+    rim = (target == 0) & (np.arange(16)[:, None, None] > 1) & (np.arange(16)[:, None, None] < 14)
+    target[rim] = expert
+    choices = np.linspace(0.05, 0.95, 19)
+    losses = [float(loss(target, np.where(rim, p, target).astype(np.float32))[0]) for p in choices]
+    assert choices[np.argmin(losses)] == pytest.approx(expert)
+
+
+@pytest.mark.parametrize("kind", ["full", "rgb", "white with alpha", "black with alpha"])
+def test_masks_of_two_levels_are_read_as_without_the_option(
+    pairs: segment.Pairs, kind: str
+) -> None:
+    image, path = pairs[0][0], pairs[1][0]
+    mask = np.asarray(Image.open(path)) > 128
+    pictures = {
+        "full": np.ones(SIZE, np.uint8),
+        "rgb": np.repeat(mask[..., None], 3, 2).astype(np.uint8),
+        "white with alpha": np.dstack([np.full((*SIZE, 3), 255), mask * 255]).astype(np.uint8),
+        "black with alpha": np.dstack([np.zeros((*SIZE, 3)), mask * 255]).astype(np.uint8),
+    }
+    Image.fromarray(pictures[kind]).save(path)
+    soft, hard = (
+        segment.PairCache(soft_masks=soft).load(image, path, SIZE) for soft in (True, False)
+    )
+    np.testing.assert_array_equal(soft, hard)
+    assert hard[..., 3].max() == 255
 
 
 @pytest.mark.usefixtures("eager")

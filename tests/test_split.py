@@ -154,3 +154,8 @@ def test_lesions_are_compared_in_the_frame_and_cache_that_are_given(
 def test_unreadable_files_are_not_grouped() -> None:
     assert segment.find_same_lesions(IMAGES[:20], MASKS[:20]) == []
     assert segment.find_same_lesions(IMAGES[:1], MASKS[:1]) == []
+
+
+def test_a_wrong_size_is_refused_rather_than_no_lesion_found_twice(make_pairs: MakePairs) -> None:
+    with pytest.raises(segment.SegmentError, match="image_size is 256"):
+        segment.find_same_lesions(*make_pairs(2), image_size=256)  # type: ignore[arg-type]

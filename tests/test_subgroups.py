@@ -13,9 +13,9 @@ def score(i: int, dice: float) -> dict[str, object]:
     return {"id": f"ISIC_{i:07}", "dice": dice, "jaccard": dice / (2 - dice), "lesion": str(i // 2)}
 
 
-def table(tmp_path: Path, text: str) -> Path:
+def table(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "metadata.csv"
-    path.write_text(text, encoding="utf-8-sig")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8-sig"))
     return path
 
 
@@ -43,6 +43,12 @@ def test_numbers_are_grouped_by_quartile_and_few_ones_as_they_are() -> None:
     assert [row["images"] for row in missing] == [1]
 
 
+def test_quartiles_of_large_numbers_have_names_of_their_own() -> None:
+    scores = [score(i, 0.9) for i in range(100)]
+    sizes = {str(row["id"]): {"size": 100_000 + i} for i, row in enumerate(scores)}
+    assert [row["images"] for row in segment.subgroups(scores, sizes)] == [25] * 4
+
+
 def test_names_and_constants_are_no_groups() -> None:
     scores = [score(i, 0.9) for i in range(30)]
     names = {str(row["id"]): {"name": f"n{i}", "source": "ISIC"} for i, row in enumerate(scores)}
@@ -56,6 +62,7 @@ def test_names_and_constants_are_no_groups() -> None:
         "lesion_id;image;age;sex\nHAM_1;ISIC_0000001.jpg;55;male\nHAM_1;other;1;\n",
         "image,age,sex\nISIC_0000001,55,male,a cell too many\nISIC_0000003\n",
         "age\tsex\tisic_id\n55\tmale\tisic_0000001\n",
+        'image,note,age,sex\nISIC_0000001,"a ""b"", c",55,male\n',
     ],
 )
 def test_a_table_is_matched_by_the_column_of_the_ids(tmp_path: Path, text: str) -> None:
@@ -70,10 +77,13 @@ def test_a_table_is_matched_by_the_column_of_the_ids(tmp_path: Path, text: str) 
     ("text", "message"),
     [
         ("image,age\nISIC_7,55\n", r"metadata\.csv: no column holds the id of one of these 1"),
-        ("", r"metadata\.csv: expected a CSV file"),
+        ("", r"metadata\.csv: no column holds the id"),
+        (b"\xff\xfe\0", r"metadata\.csv: expected a CSV file"),
     ],
 )
-def test_a_table_of_other_images_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_table_of_other_images_is_refused(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
     with pytest.raises(segment.SegmentError, match=message):
         segment.read_metadata(table(tmp_path, text), ["ISIC_0000001"])
     with pytest.raises(segment.SegmentError, match=r"nowhere\.csv: expected a CSV file"):

@@ -390,3 +390,29 @@ def test_training_and_prediction_leave_stock_layers(make_pairs: MakePairs) -> No
     with pytest.raises(segment.SegmentError, match="cannot be read as an image"):
         segment.train_model(model, train, None, 1, verbose=0)
     assert [layer.name for layer in model.layers if "call" in vars(layer)] == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_validation_may_begin_or_end_with_further_training(
+    make_pairs: MakePairs, tmp_path: Path, first: bool
+) -> None:
+    train, val = generators(make_pairs)
+    model, log = new_model(), tmp_path / "training.csv"
+    segment.train_model(model, train, val if first else None, 3, verbose=0)
+    before = model.get_weights()
+    segment.train_model(model, train, None if first else val, 2, log_path=log, verbose=0)
+    assert any((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
+    history = segment.model_record(model).history
+    assert (len(history["loss"]), len(history.get("val_loss", ()))) == (5, 0 if first else 2)
+    with open(log, newline="") as file:
+        losses = [row.get("val_loss") for row in csv.DictReader(file)]
+    assert [bool(loss) for loss in losses] == [False] * 3 + [not first] * 2
+
+
+def test_training_discards_the_estimate_that_was_fitted_to_other_weights(
+    make_pairs: MakePairs,
+) -> None:
+    model = new_model()
+    segment.model_record(model).estimate = [0.0, 1.0, 0.0, 0.1]
+    segment.train_model(model, *generators(make_pairs), 1, verbose=0)
+    assert segment.model_record(model).estimate == []
