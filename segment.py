@@ -115,7 +115,7 @@ JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation
 PRETRAINED = Path(__file__).with_name("pretrained.keras")
 RINGS, ANGLES = 16, 64  # samples of a lesion signature
 SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
-UNFITTED = (0.0, 1.0, -0.005)  # weights of the estimate: soft Dice less a doubt about the outline
+OUTLINE_DOUBT = 0.005  # what the outline of a mask of the whole frame costs, in Dice
 DOUBT = 0.02  # misses are measured in units of DOUBT + 1 - estimate
 BEST = "val_dice_coefficient"  # selects the best epoch
 NEEDS_MASKS = "This needs masks: create the generator with mask_paths."
@@ -1752,51 +1752,51 @@ def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
     """Fits `estimate_dice` and its lower bound, for `save_model`.
 
     Takes images and masks that the model was not trained on, and what `predict` returned for them.
-    One half of the images fits the estimate, by least squares. The other half sets the bound, by
-    split conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that it holds for 90 % of
-    further images of the same kind. Fewer than 100 images are too few: the list is empty, and the
-    estimate that of a new model.
+    A line is fitted to the Dice of one half of the images. The other half sets the bound, by split
+    conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that it holds for 90 % of further
+    images of the same kind. Fewer than 100 images are too few: the list is empty, and the estimate
+    that of a new model.
     """
     lesions = predictions.view(Predictions)
     dice = _measure_dice(generator, lesions, [lesions.threshold])[:, 0]
     if len(dice) < 100:
         return []
-    features = np.array(list(map(_certainty, lesions)))
+    certainty = np.array(list(map(_certainty, lesions)))
     fitted, held_out = np.array_split(np.random.default_rng(0).permutation(len(dice)), 2)
-    weights = np.linalg.lstsq(features[fitted], dice[fitted])[0]
-    estimate = (features @ weights).clip(0, 1)
+    slope, offset = np.polyfit(certainty[fitted], dice[fitted], 1)
+    estimate = (offset + slope * certainty).clip(0, 1)
     misses = np.sort(((estimate - dice) / (DOUBT + 1 - estimate))[held_out])
     rank = math.ceil(0.9 * (len(misses) + 1))  # of the miss that 90 % do not exceed
-    return [*map(float, weights), float(misses[rank - 1])]
+    return [float(offset), float(slope), float(misses[rank - 1])]
 
 
-def _certainty(prediction: Predictions) -> tuple[float, float, float]:
-    """1, the soft Dice of mask and probabilities, 1 / sqrt(fraction of the frame).
+def _certainty(prediction: Predictions) -> float:
+    """Soft Dice of mask and probabilities, less a doubt about the outline; 0 for an empty mask.
 
-    The last one is there since the same outline error costs a small lesion more. All are 0 for an
-    empty mask.
+    The same outline error costs a small lesion more.
     """
     mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
     if not mask.any():
-        return 0.0, 0.0, 0.0
+        return 0.0
     lesion = np.asarray(prediction, np.float64)[..., 0]
     soft = 2 * lesion.sum(where=mask) / (lesion.sum() + np.count_nonzero(mask))
-    return 1.0, float(soft), 1 / math.sqrt(mask.mean())
+    return max(0.0, float(soft) - OUTLINE_DOUBT / math.sqrt(mask.mean()))
 
 
 def estimate_dice(predictions: Array, *, bound: bool = False) -> NDArray[np.float64]:
     """Estimates the Dice coefficient of each image without its mask, `float64 (N,)` in 0..1.
 
-    The estimate is linear in the soft Dice of the predicted mask and its probabilities, and in
-    `1 / sqrt(fraction)` for a mask that covers a fraction of the frame. `fit_estimate` fits it; by
-    default it is the soft Dice less `0.005 / sqrt(fraction)`. It is 0 for an empty mask.
+    It is the soft Dice of the predicted mask and its probabilities, less `OUTLINE_DOUBT /
+    sqrt(fraction)` for a mask that covers a fraction of the frame; if `fit_estimate` was used, the
+    Dice expected for this number. It is 0 for an empty mask.
 
     With `bound` it returns what the Dice is at least, with a probability of 90 % for images like
     those of the fit; nan without a fit.
     """
     lesions = predictions.view(Predictions)
-    *weights, miss = lesions.estimate or (*UNFITTED, math.nan)
-    estimates = (np.array(list(map(_certainty, lesions))) @ weights).clip(0, 1)
+    offset, slope, miss = lesions.estimate or (0.0, 1.0, math.nan)
+    certainty = np.array(list(map(_certainty, lesions)))
+    estimates = np.where(certainty > 0, offset + slope * certainty, 0).clip(0, 1)
     return (estimates - miss * (DOUBT + 1 - estimates)).clip(0, 1) if bound else estimates
 
 
@@ -2016,7 +2016,7 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
         and all(isinstance(x, float) for curve in (*curves, values["estimate"]) for x in curve)
         and all(0 < len(curve) <= len(values["history"]["loss"]) for curve in curves)
         and 0 < values["threshold"] < 1 and values["batch_size"] in range(1, 2**16)
-        and len(values["estimate"]) in (0, 4)
+        and len(values["estimate"]) in (0, 3)
     )  # fmt: skip
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
     return ModelRecord(**{**values, "format": RECORD_FORMAT})

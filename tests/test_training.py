@@ -413,6 +413,6 @@ def test_training_discards_the_estimate_that_was_fitted_to_other_weights(
     make_pairs: MakePairs,
 ) -> None:
     model = new_model()
-    segment.model_record(model).estimate = [0.0, 1.0, 0.0, 0.1]
+    segment.model_record(model).estimate = [0.0, 1.0, 0.1]
     segment.train_model(model, *generators(make_pairs), 1, verbose=0)
     assert segment.model_record(model).estimate == []
