@@ -142,6 +142,8 @@ def test_several_models_predict_the_mean_of_their_probabilities(make_pairs: Make
         segment.predict([], generator)
     with pytest.raises(segment.SegmentError, match=r"images of \(32, 32\) and \(48, 32\)"):
         segment.predict([*models, tiny_network((48, 32))], generator)
+    with pytest.raises(segment.SegmentError, match=r"images of \(32, 32\) and \(48, 32\)"):
+        segment.segment_image([*models, tiny_network((48, 32))], images[0])
 
 
 def test_the_load_driver_takes_the_folder_of_the_folds(
@@ -186,6 +188,9 @@ def test_an_image_to_train_and_to_validate_on_is_refused(
     images, masks = folders(tmp_path)
     assert cross_validate(tmp_path, "out", "--val-dir", images, "--val-masks", masks) == 2
     assert "in more than one part of the split" in capsys.readouterr().err
+    given = ["--val-dir", str(tmp_path / "data"), "--val-masks", masks]
+    assert cross_validate(tmp_path, "data", *given) == 2
+    assert "would write among the images" in capsys.readouterr().err
     for wrong in (["--val-dir", images], ["--save", "x.keras"]):
         with pytest.raises(SystemExit):
             cross_validate(tmp_path, "out", *wrong)

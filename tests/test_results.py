@@ -317,6 +317,12 @@ def test_the_learning_curves_mark_the_best_epoch() -> None:
         assert list(np.asarray(best.get_xdata())) == [2, 2]
 
 
+def test_a_curve_that_began_later_ends_with_the_others() -> None:
+    figure = segment.plot_history({"loss": [4, 3, 2, 1], "accuracy": [0.5, 0.6]})
+    accuracy, loss = (list(axes.lines[0].get_xdata()) for axes in figure.axes)  # type: ignore[arg-type]
+    assert (accuracy, loss) == ([3, 4], [1, 2, 3, 4])
+
+
 def test_curves_without_validation_or_without_epochs() -> None:
     figure = segment.plot_history({"loss": [3.0, 2, 1], "learning_rate": [1.0, 1, 1]})
     assert [axes.get_title() for axes in figure.axes] == ["Loss"]

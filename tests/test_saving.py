@@ -263,3 +263,12 @@ def test_without_the_optimizer_a_file_is_small_and_float32(tmp_path: Path, polic
     assert np.abs(rounding).mean() < 0.02  # bfloat16 has three digits
     sizes = [(tmp_path / f"{name}.keras").stat().st_size for name in ("whole", "bare")]
     assert sizes[1] < sizes[0]
+
+
+def test_settings_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    numbers: Any = np.array([0.25, 1, 0.5], np.float32)
+    model = tiny_network((16, 16))
+    segment.save_model(model, path, threshold=numbers[0], estimate=list(numbers))
+    record = segment.model_record(segment.load_model(path))
+    assert (record.threshold, record.estimate) == (0.25, [0.25, 1, 0.5])
