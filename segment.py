@@ -2165,24 +2165,12 @@ def results(
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
     lesions = (np.asanyarray(prediction).view(Predictions) for prediction in predictions)
-    scores, thumbnails, drawn = [], [], dict[int, Predictions]()
-    for i, (score, lesion) in enumerate(_score_each(test_generator, lesions, output)):
-        thumbnails.append(score.pop("thumbnail", None))
-        scores.append(score)
-        drawn[i] = lesion
-        later = [k for k in drawn if k >= num_imgs]
-        if len(later) > num_imgs:  # keep only what is drawn
-            del drawn[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
-    # Of several folds, some may be too small to fit an estimate.
-    names = [name for name in scores[0] if all(name in score for score in scores)]
-    scores = [{name: score[name] for name in names} for score in scores]
-    summary = {"threshold": float(lesion.threshold), **(notes or {})}
+    scores, thumbnails, drawn, threshold = _score_all(test_generator, lesions, output, num_imgs)
+    summary = {"threshold": threshold, **(notes or {})}
     summary["left_out"] = [finding.path for finding in findings if finding.severity == "error"]
     summary["resized_masks"] = sum(finding.kind == "resized masks" for finding in findings)
     if test_generator.mask_paths is not None:
-        properties = _examine_pairs(scores, test_generator)
-        merged = {id_: {**row, **(metadata or {}).get(id_, {})} for id_, row in properties.items()}
-        summary["subgroups"] = subgroups(scores, merged)
+        summary["subgroups"] = subgroups(scores, _examine_pairs(scores, test_generator, metadata))
     if compare:
         summary["comparison"] = compare_scores(scores, compare)
     summary |= summarize(scores)
@@ -2195,6 +2183,23 @@ def results(
     if output:
         _write_page(output, summary, scores, thumbnails, history)
     return scores
+
+
+def _score_all(
+    generator: ImageGenerator, predictions: Iterator[Predictions], output: Path | None, drawn: int
+) -> tuple[list[dict[str, Any]], list[str], dict[int, Predictions], float]:
+    """Scores and thumbnails of all images, the predictions to draw, and the threshold."""
+    scores, thumbnails, kept = [], [], dict[int, Predictions]()
+    for i, (score, lesion) in enumerate(_score_each(generator, predictions, output)):
+        thumbnails.append(score.pop("thumbnail", ""))
+        scores.append(score)
+        kept[i], threshold = lesion, float(lesion.threshold)
+        later = [k for k in kept if k >= drawn]
+        if len(later) > drawn:  # keep only the first ones and the worst
+            del kept[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
+    # Of several folds, some may be too small to fit an estimate.
+    names = [name for name in scores[0] if all(name in score for score in scores)]
+    return [{name: score[name] for name in names} for score in scores], thumbnails, kept, threshold
 
 
 def _show_figures(figures: Iterable[tuple[str, Figure]], output: Path | None) -> None:
@@ -2267,9 +2272,10 @@ def _score_image(
 
 
 def _examine_pairs(
-    scores: Sequence[dict[str, Any]], generator: ImageGenerator
+    scores: Sequence[dict[str, Any]], generator: ImageGenerator,
+    metadata: Mapping[str, Mapping[str, str]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Adds the lesion to each score; returns by id what goes with errors, as seen in the frame."""
+    """Adds the lesion to each score; returns metadata and what goes with errors in the frame."""
     ids = dict(zip(generator.pairs, (score["id"] for score in scores), strict=True))
     for lesion in _group_lesions(list(ids), generator.image_size, generator.cache):
         ids |= dict.fromkeys(lesion, ids[lesion[0]])
@@ -2283,7 +2289,8 @@ def _examine_pairs(
                     for part in (0, 1)]
         properties[score["id"]] = {
             "megapixels": height * width / 1e6, "lesion, % of the image": 100 * lesion_mask.mean(),
-            "skin less lesion, grey levels": contrast[0] - contrast[1]}
+            "skin less lesion, grey levels": contrast[0] - contrast[1],
+            **(metadata or {}).get(score["id"], {})}
     return properties
 
 
