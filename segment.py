@@ -515,12 +515,15 @@ def _to_black_and_white(
     values = f"{len(levels)} values ({_shorten([f'{level:g}' for level in levels])})"
     _require(len(levels) == 2, f"{path}: expected a mask of 0 and 255 (or 0 and 1), but it has "
              f"{values}: threshold it, if it is one.")
-    high = grey == levels[1]
-    lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
     names = [f"#{level:06x}" if colored else f"{level:g}" for level in levels]
+    return _by_rim(grey == levels[1], names, notes)
+
+
+def _by_rim(high: Mask, names: Sequence[str], notes: dict[str, str]) -> Image.Image:
+    """The mask of two levels, of which the one that is rarer at the rim is the lesion."""
+    lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
     which = f"{names[lesion]} is lesion, as it is rarer at the rim"
-    what = f"it holds {names[0]} and {names[1]}; {which}"
-    notes["masks of two other levels"] = what
+    notes["masks of two other levels"] = f"it holds {names[0]} and {names[1]}; {which}"
     return Image.fromarray((high == lesion).astype(np.uint8) * 255)
 
 
