@@ -2163,10 +2163,6 @@ def results(
     _check_predictions(test_generator, predictions)
     _require(not (compare or metadata) or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
-    if output:
-        _check_file_to_write(output / "scores.csv")  # before the first image is predicted
-        for folder in ("", "masks", "overlays"):
-            _remove_leftovers(output / folder)
     lesions = (np.asanyarray(prediction).view(Predictions) for prediction in predictions)
     scores, thumbnails, drawn, threshold = _score_all(test_generator, lesions, output, num_imgs)
     summary = {"threshold": threshold, **(notes or {})}
@@ -2192,6 +2188,10 @@ def _score_all(
     generator: ImageGenerator, predictions: Iterator[Predictions], output: Path | None, drawn: int
 ) -> tuple[list[dict[str, Any]], list[str], dict[int, Predictions], float]:
     """Scores and thumbnails of all images, the predictions to draw, and the threshold."""
+    if output:
+        _check_file_to_write(output / "scores.csv")  # before the first image is predicted
+        for folder in ("", "masks", "overlays"):
+            _remove_leftovers(output / folder)
     scores, thumbnails, kept = [], [], dict[int, Predictions]()
     for i, (score, lesion) in enumerate(_score_each(generator, predictions, output)):
         thumbnails.append(score.pop("thumbnail", ""))
