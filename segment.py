@@ -1259,6 +1259,13 @@ def dice_coefficient(y_true: Tensor, y_pred: Tensor) -> Tensor:
 
 
 @keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
+def _pixel_accuracy(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    """Fraction of pixels on the same side of 0.5; Keras' own is 0 where a mask is soft."""
+    same = ops.equal(ops.cast(y_true, "float32") > 0.5, y_pred > 0.5)
+    return ops.mean(ops.cast(same, "float32"), axis=(1, 2, 3))
+
+
+@keras.saving.register_keras_serializable("segment")  # type: ignore[untyped-decorator]
 def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """Soft Dice loss of each image, `float32 (N,)` in 0..1.
 
@@ -1440,8 +1447,10 @@ def _compile(model: keras.Model) -> None:
         schedule = isinstance(model.optimizer.get_config().get("learning_rate"), dict)
         _require(not schedule, "The optimizer has a learning rate schedule: give it a number.")
         return
-    metrics = [keras.metrics.BinaryAccuracy(name="accuracy"), dice_coefficient]
-    model.compile(keras.optimizers.Adam(), dice_cross_entropy_loss, metrics=metrics)
+    accuracy = keras.metrics.MeanMetricWrapper(_pixel_accuracy, name="accuracy")
+    model.compile(
+        keras.optimizers.Adam(), dice_cross_entropy_loss, metrics=[accuracy, dice_coefficient]
+    )
 
 
 def _record_training(

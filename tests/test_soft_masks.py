@@ -121,6 +121,26 @@ def test_masks_of_two_levels_are_read_as_without_the_option(
 
 
 @pytest.mark.usefixtures("eager")
+def test_the_accuracy_of_a_training_takes_the_mask_at_half(
+    pairs: segment.Pairs, tmp_path: Path
+) -> None:
+    generator = segment.create_generator(*pairs, image_size=SIZE, batch_size=4, soft_masks=True)
+    model = tiny_network(SIZE, dropout=0.0)
+    history = segment.train_model(model, generator, generator, 1, learning_rate=1e-9, verbose=0)
+    lesion = np.asarray(segment.predict(model, generator, mirror=False, verbose=0)) > 0.5
+    hard = np.concatenate([generator[i][1] for i in range(3)]) > 0.5
+    expected = pytest.approx((lesion == hard).mean(), abs=1e-4)
+    assert history.history["val_accuracy"] == [expected]
+    segment.save_model(model, tmp_path / "m.keras")
+    assert (
+        segment.load_model(tmp_path / "m.keras").evaluate(generator, verbose=0, return_dict=True)[
+            "accuracy"
+        ]
+        == expected
+    )
+
+
+@pytest.mark.usefixtures("eager")
 def test_both_drivers_take_soft_masks(
     make_pairs: MakePairs, pairs: segment.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
