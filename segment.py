@@ -93,8 +93,7 @@ __all__ = [  # noqa: RUF022, in the order of the sections
     "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split",
     "cross_validation_splits", "create_generator", "create_model", "METRICS", "dice_coefficient",
     "dice_loss", "dice_cross_entropy_loss", "score_masks", "boundary_distances", "train_model",
-    "predict", "predict_each", "segment_image", "choose_threshold", "fit_estimate",
-    "estimate_dice",
+    "predict", "predict_each", "segment_image", "choose_threshold", "fit_estimate", "estimate_dice",
     "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
     "load_model", "load_weights", "export_model", "stored_test_split", "image_ids_seen", "results",
     "restore_masks", "summarize", "read_scores", "compare_scores", "read_metadata", "subgroups",
@@ -556,10 +555,10 @@ class PairCache:
     """Decodes each pair once and keeps it, in memory up to a budget and in a folder if asked.
 
     With `fit_masks`, masks of another scale or off by up to 3 pixels are resized to their images;
-    with `soft_masks` they keep their grey levels.
-    A pair takes 4 bytes of memory per pixel of the frame; the folder holds plain `.npy` files until
-    its disk is full, and several processes may share it. A file that changed, by its length or
-    modification time, is decoded again, and so is what is not kept.
+    with `soft_masks` they keep their grey levels. A pair takes 4 bytes of memory per pixel of the
+    frame; the folder holds plain `.npy` files until its disk is full, and several processes may
+    share it. A file that changed, by its length or modification time, is decoded again, and so is
+    what is not kept.
     """
 
     def __init__(
@@ -1136,6 +1135,7 @@ def create_model(
 def _recast(model: keras.Model, dtype: str) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
     def recast(layer: keras.Layer) -> keras.Layer:
+        """A new layer with the same settings in the other dtype."""
         end = isinstance(layer, (layers.Rescaling, layers.Activation))
         return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
 
@@ -1921,9 +1921,8 @@ def save_model(
     """Saves a model and its record in one `.keras` file, which is never incomplete.
 
     Split, threshold, mirror, one region and what `fit_estimate` returned go into the record; what
-    is `None` stays as it is there.
-    Without the optimizer, which further training needs, the file is a third as large and computes
-    in float32.
+    is `None` stays as it is there. Without the optimizer, which further training needs, the file is
+    a third as large and computes in float32.
     """
     _check_file_to_write(path, ".keras")
     record = model_record(model)
