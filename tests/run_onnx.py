@@ -1,15 +1,13 @@
-"""Segments images with a model that `segment.export_model` wrote, without Keras and `segment`.
+"""Segments images with what `segment.export_model` wrote: NumPy, Pillow and ONNX Runtime suffice.
 
-Usage: python tests/run_onnx.py MODEL.onnx IMAGE... --output DIR
+Usage: python tests/run_onnx.py MODEL.onnx DIR IMAGE...
 
-NumPy, Pillow and ONNX Runtime are enough. The comments say what a program in another language has
-to do. Images of 16 bits, which `segment` reads as well, are refused. Of images that share a name,
-the mask of the last one stays.
+The comments say what a program in another language has to do. Images have 8 bits per channel.
 """
 
-import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +29,17 @@ def letterbox(size: Size, frame: Size) -> tuple[int, int, int, int]:
 def load(path: str, frame: Size) -> tuple[Array, Size]:
     """The image in its frame, uint8 (height, width, 3), RGB, and its original size."""
     image: Image.Image = Image.open(path)
-    if image.mode[0] in "IF":
-        raise SystemExit(f"{path}: has more than 8 bits: convert it.")
     # EXIF orientations above 4 swap the sides; Pillow turns a TIFF itself.
     turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     size = (image.width, image.height) if turned else (image.height, image.width)
     top, left, height, width = letterbox(size, frame)
-    # A JPEG is decoded at the smallest of the scales 1/8, 1/4, 1/2 and 1 that gives 1.9 times the
-    # pixels of the box, here before it is turned. Decoding it whole changes few pixels of a mask.
+    # A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 with 1.9 times the pixels of the box.
     box = (height, width) if turned else (width, height)
     image.draft("RGB", (int(1.9 * box[0]), int(1.9 * box[1])))
-    image = ImageOps.exif_transpose(image)
-    image = image.convert("RGB")
-    # Bilinear with antialiasing: a triangle that covers all pixels, after averages of 2 x 2 and so
-    # on while twice the box is left. The rest of the frame is black.
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    # Bilinear with antialiasing, after averages of 2 x 2 and so on while twice the box is left.
     small = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2)
-    framed = Image.new("RGB", (frame[1], frame[0]))
+    framed = Image.new("RGB", (frame[1], frame[0]))  # black
     framed.paste(small, (left, top))
     return np.asarray(framed), size
 
@@ -68,53 +61,41 @@ def restore(lesion: Array, size: Size, facts: dict[str, Any]) -> Array:
     box = Image.fromarray(np.ascontiguousarray(lesion[top : top + height, left : left + width]))
     lesion = np.asarray(box.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     mask: Array = lesion >= facts["threshold"]
-    if not facts["one_region"]:
-        return mask
-    # Keep the region with the highest sum of probability - threshold.
-    regions = label(mask)
-    weights = np.bincount(regions.ravel(), (lesion - facts["threshold"]).ravel())
-    mask &= regions == np.argmax(weights)
-    # Fill the holes: what the background outside of the image does not reach.
-    background = label(~np.pad(mask, 1))
-    return np.asarray(background != background[0, 0])[1:-1, 1:-1]
+    if facts["one_region"] and mask.any():
+        # Keep the region with the highest sum of probability - threshold, and fill its holes: what
+        # the background around the image does not reach.
+        regions = label(mask)
+        weights = np.bincount(regions[mask], (lesion - facts["threshold"])[mask])
+        background = label(~np.pad(regions == np.argmax(weights), 1))
+        mask = (background != background[0, 0])[1:-1, 1:-1]
+    return mask
 
 
 def label(mask: Array) -> Array:
     """Numbers the regions of pixels that share a side, above 0; elsewhere it is 0."""
-    row = mask.shape[1] + 1  # the runs of True in a row end before an added column of False
-    flat = np.pad(mask, ((0, 0), (0, 1))).ravel()
-    edges = np.flatnonzero(np.diff(flat, prepend=False))
-    starts, ends = edges[::2], edges[1::2]
-    # Run i touches the runs first[i] to last[i] - 1 in the row below.
-    first, last = np.searchsorted(ends, starts + row, "right"), np.searchsorted(starts, ends + row)
-    parents = list(range(len(starts)))
+    regions = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
+    while True:  # until no pixel has a neighbour of its region with a higher number
+        wider = spread(spread(regions).T).T
+        if np.array_equal(wider, regions):
+            return regions
+        regions = wider
 
-    def root(run: int) -> int:
-        while parents[run] != run:
-            parents[run] = run = parents[parents[run]]
-        return run
 
-    for run in range(len(starts)):
-        for below in range(first[run], last[run]):
-            parents[root(below)] = root(run)
-    regions = np.zeros(flat.shape, np.int32)
-    for run, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        regions[start:end] = 1 + root(run)
-    return regions.reshape(-1, row)[:, :-1]
+def spread(regions: Array) -> Array:
+    """Gives each run of pixels above 0 in a row the highest number in it."""
+    flat = np.pad(regions, ((0, 0), (0, 1))).ravel()  # an added column of 0 ends the runs of a row
+    starts = np.append(0, 1 + np.flatnonzero(np.diff(flat > 0)))
+    highest = np.repeat(np.maximum.reduceat(flat, starts), np.diff(starts, append=len(flat)))
+    return np.asarray(highest.reshape(len(regions), -1)[:, :-1])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", metavar="MODEL.onnx")
-    parser.add_argument("images", metavar="IMAGE", nargs="+")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True)
-    options = parser.parse_args()
-    session = onnxruntime.InferenceSession(options.model)
+    _, model, output, *paths = sys.argv
+    session = onnxruntime.InferenceSession(model)
     facts = json.loads(session.get_modelmeta().custom_metadata_map["segment.json"])
-    options.output.mkdir(parents=True, exist_ok=True)
-    for path in options.images:
+    for path in paths:
         image, size = load(path, (facts["height"], facts["width"]))
         mask = restore(predict(session, facts, image), size, facts)
         isic = re.match(r"(?i)ISIC_\d+", Path(path).name)
         name = isic[0].upper() if isic else Path(path).stem
-        Image.fromarray(mask * np.uint8(255)).save(options.output / f"{name}_segmentation.png")
+        Image.fromarray(mask * np.uint8(255)).save(Path(output, f"{name}_segmentation.png"))

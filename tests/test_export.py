@@ -215,7 +215,8 @@ def test_the_runner_segments_as_segment_does_without_keras(
         "assert not {'keras', 'tensorflow', 'segment', 'scipy'} & {*sys.modules}"
     )
     runner = Path(__file__).with_name("run_onnx.py")
-    options = [str(tmp_path / "m.onnx"), *photos, "--output", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    options = [str(tmp_path / "m.onnx"), str(tmp_path / "out"), *photos]
     subprocess.run([sys.executable, "-c", code, runner, *options], check=True)
     names = ["Lesion 5", *(f"ISIC_{i:07}" for i in range(5))]
     lesions = segment.predict(model, generator, verbose=0)
