@@ -1996,15 +1996,14 @@ def _check_declared_size(path: StrPath, archive: zipfile.ZipFile) -> None:
              "trust it.")
     config = json.loads(archive.read("config.json"))
     config.pop("compile_config", None)
-    with ThreadPoolExecutor(1) as pool:  # Keras' scope without memory belongs to a thread
-        count = pool.submit(_count_parameters, config).result()
+
+    def count_weights() -> int:
+        with keras.StatelessScope(initialize_variables=False):  # takes no memory for them
+            return int(keras.saving.deserialize_keras_object(config).count_params())
+
+    with ThreadPoolExecutor(1) as pool:  # Keras' scope belongs to a thread
+        count = pool.submit(count_weights).result()
     _require(count <= size, f"{path} declares {count} weights in {size} bytes: do not trust it.")
-
-
-def _count_parameters(config: dict[str, Any]) -> int:
-    """Counts the weights of a network without memory for them."""
-    with keras.StatelessScope(initialize_variables=False):
-        return int(keras.saving.deserialize_keras_object(config).count_params())
 
 
 def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
@@ -2015,9 +2014,8 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
     _require(known, f"{path} was written by a newer version (format {fields['format']}, geometry "
              f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py.")
     if fields["format"] == 1:  # held file names rather than ids, and settings among the options
-        fields = {**fields.get("origin", {}).get("options", {}), **fields}
-        split = fields["split"].items()
-        fields["split"] = {part: list(map(image_id, names)) for part, names in split}
+        split = {part: list(map(image_id, names)) for part, names in fields["split"].items()}
+        fields = {**fields.get("origin", {}).get("options", {}), **fields, "split": split}
     defaults = dataclasses.asdict(ModelRecord())
     values = {name: fields.get(name, default) for name, default in defaults.items()}
     curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
@@ -2123,6 +2121,11 @@ def image_ids_seen(model: Models, image_paths: Paths) -> list[str]:
 
 # --- 9. Results: every image at its original resolution, numbers first, then figures ----------
 
+Scores = Sequence[Mapping[str, Any]]  # of each image, as `results` returns them
+History = Mapping[str, Sequence[float]]  # the learning curves of a record
+Properties = Mapping[str, Mapping[str, Any]]  # {id: {property: value}}
+
+
 def restore_masks(generator: ImageGenerator, predictions: Array) -> Iterator[Mask]:
     """Yields masks of `predictions`, `bool (height, width)` at the original resolution."""
     _check_predictions(generator, predictions)
@@ -2140,10 +2143,9 @@ def _check_predictions(generator: ImageGenerator, predictions: Array | Iterator[
 
 def results(
     test_generator: ImageGenerator, predictions: Array | Iterator[Array], *, num_imgs: int = 4,
-    history: Mapping[str, Sequence[float]] | None = None, output_dir: StrPath | None = None,
+    history: History | None = None, output_dir: StrPath | None = None,
     notes: Mapping[str, Any] | None = None, findings: Sequence[Finding] = (),
-    compare: Sequence[Mapping[str, Any]] = (),
-    metadata: Mapping[str, Mapping[str, str]] | None = None
+    compare: Scores = (), metadata: Properties | None = None
 ) -> list[dict[str, Any]]:
     """Scores each image at its original resolution; prints, plots and writes the results.
 
@@ -2171,8 +2173,8 @@ def results(
     _check_predictions(test_generator, predictions)
     _require(not (compare or metadata) or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
-    lesions = (np.asanyarray(prediction).view(Predictions) for prediction in predictions)
-    scores, thumbnails, drawn, threshold = _score_all(test_generator, lesions, output, num_imgs)
+    scores, drawn, threshold = _score_all(test_generator, predictions, output, num_imgs)
+    thumbnails = [score.pop("thumbnail", "") for score in scores]
     summary = {"threshold": threshold, **(notes or {})}
     summary["left_out"] = [finding.path for finding in findings if finding.severity == "error"]
     summary["resized_masks"] = sum(finding.kind == "resized masks" for finding in findings)
@@ -2186,62 +2188,54 @@ def results(
         _write_table(output / "scores.csv", scores)
         with _written_whole(output / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    _show_figures(_figures(test_generator, drawn, scores, num_imgs, history), output)
+    ipython = sys.modules.get("IPython")
+    for name, figure in _figures(test_generator, drawn, scores, num_imgs, history):
+        if output:
+            save_figure(figure, output / f"{name}.png")
+        if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
+            ipython.display.display(figure)
     if output:
         _write_page(output, summary, scores, thumbnails, history)
     return scores
 
 
 def _score_all(
-    generator: ImageGenerator, predictions: Iterator[Predictions], output: Path | None, drawn: int
-) -> tuple[list[dict[str, Any]], list[str], dict[int, Predictions], float]:
+    generator: ImageGenerator, predictions: Iterable[Array], output: Path | None, num_imgs: int
+) -> tuple[list[dict[str, Any]], dict[int, Predictions], float]:
     """Scores and thumbnails of all images, the predictions to draw, and the threshold."""
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
-    scores, thumbnails, kept = [], [], dict[int, Predictions]()
-    for i, (score, lesion) in enumerate(_score_each(generator, predictions, output)):
-        thumbnails.append(score.pop("thumbnail", ""))
+    scores, drawn = list[dict[str, Any]](), dict[int, Predictions]()
+    for i, score in enumerate(_score_each(generator, predictions, output)):
+        drawn[i] = last = score.pop("prediction")
         scores.append(score)
-        kept[i], threshold = lesion, float(lesion.threshold)
-        later = [k for k in kept if k >= drawn]
-        if len(later) > drawn:  # keep only the first ones and the worst
-            del kept[max(later, key=lambda k: (_shown_score(scores[k])[1], k))]
+        worst = {*sorted(drawn, key=lambda k: _shown_score(scores[k])[1])[:num_imgs]}
+        drawn = {k: drawn[k] for k in drawn if k < num_imgs or k in worst}
     # Of several folds, some may be too small to fit an estimate.
     names = [name for name in scores[0] if all(name in score for score in scores)]
-    return [{name: score[name] for name in names} for score in scores], thumbnails, kept, threshold
-
-
-def _show_figures(figures: Iterable[tuple[str, Figure]], output: Path | None) -> None:
-    ipython = sys.modules.get("IPython")
-    for name, figure in figures:
-        if output:
-            save_figure(figure, output / f"{name}.png")
-        if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
-            ipython.display.display(figure)
+    scores = [{name: score[name] for name in names} for score in scores]
+    return scores, drawn, float(last.threshold)
 
 
 def _score_each(
-    generator: ImageGenerator, predictions: Iterator[Predictions], output: Path | None
-) -> Iterator[tuple[dict[str, Any], Predictions]]:
+    generator: ImageGenerator, predictions: Iterable[Array], output: Path | None
+) -> Iterator[dict[str, Any]]:
     """Scores predictions as they arrive, one on each processor; at most 64 wait."""
-    waiting: deque[tuple[Future[dict[str, Any]], Predictions]] = deque()
-    names = iter(_unique_names([image for image, _ in generator.pairs]))
-    pool = ThreadPoolExecutor(os.cpu_count())
+    names, size = _unique_names([image for image, _ in generator.pairs]), generator.image_size
+    pool, waiting = ThreadPoolExecutor(os.cpu_count()), deque[Future[dict[str, Any]]]()
     try:
-        for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
-            shape, size = np.shape(prediction), generator.image_size
+        for pair, name, prediction in itertools.zip_longest(generator.pairs, names, predictions):
+            shape = np.shape(prediction)
             belongs = pair is not None and shape == (*size, 1)
             _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not "
                      f"belong to this generator of {len(generator.pairs)} images of {size}: "
                      "predict with it, and use them once.")
-            score = pool.submit(_score_image, prediction, pair, next(names), generator, output)
-            waiting.append((score, prediction))
+            waiting.append(pool.submit(_score_image, prediction, pair, name, generator, output))
             if len(waiting) > 64:
-                score, prediction = waiting.popleft()
-                yield score.result(), prediction
-        yield from ((score.result(), prediction) for score, prediction in waiting)
+                yield waiting.popleft().result()
+        yield from (score.result() for score in waiting)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -2258,33 +2252,35 @@ def _unique_names(paths: Sequence[str]) -> list[str]:
 
 
 def _score_image(
-    prediction: Predictions, pair: Pair, name: str, generator: ImageGenerator, output: Path | None
+    prediction: Array, pair: Pair, name: str, generator: ImageGenerator, output: Path | None
 ) -> dict[str, Any]:
     image_path, mask_path = pair
-    mask = _threshold(prediction, size := _size_of(image_path))
-    scores: dict[str, Any] = {"id": name}
+    lesion = np.asanyarray(prediction).view(Predictions)
+    mask = _threshold(lesion, size := _size_of(image_path))
+    scores: dict[str, Any] = {"id": name, "prediction": lesion}
     if mask_path is not None:
         _check_same_size(image_path, mask_path, generator.cache.fit_masks)
         soft = generator.cache.soft_masks
         truth = _decode(mask_path, [None], mask=True, fit_to=size, soft=soft)[0][..., 0] >= 128
         scores |= score_masks(truth, mask) | boundary_distances(truth, mask)
     if output is not None:
-        _save_image(mask * np.uint8(255), output / "masks" / f"{scores['id']}_segmentation.png")
-        scores["thumbnail"] = _thumbnail(_pictures(generator, prediction, pair))
+        with _written_whole(output / "masks" / f"{name}_segmentation.png") as temporary:
+            Image.fromarray(mask * np.uint8(255)).save(temporary)
+        scores["thumbnail"] = _thumbnail(_pictures(generator, lesion, pair))
     if output is not None and mask_path is None:
         width = 1 + max(mask.shape) // 400
         overlay = load_input_image(image_path, None).copy()
         overlay[mask & ~ndimage.binary_erosion(mask, iterations=width)] = (255, 0, 255)
-        _save_image(overlay, output / "overlays" / f"{scores['id']}_overlay.jpg")
-    scores["estimated_dice"] = float(estimate_dice(prediction[None])[0])
-    if prediction.estimate:
-        scores["dice_lower_bound"] = float(estimate_dice(prediction[None], bound=True)[0])
+        with _written_whole(output / "overlays" / f"{name}_overlay.jpg") as temporary:
+            Image.fromarray(overlay).save(temporary, quality=90)
+    scores["estimated_dice"] = float(estimate_dice(lesion[None])[0])
+    if lesion.estimate:
+        scores["dice_lower_bound"] = float(estimate_dice(lesion[None], bound=True)[0])
     return scores
 
 
 def _examine_pairs(
-    scores: Sequence[dict[str, Any]], generator: ImageGenerator,
-    metadata: Mapping[str, Mapping[str, str]] | None = None
+    scores: Sequence[dict[str, Any]], generator: ImageGenerator, metadata: Properties | None = None
 ) -> dict[str, dict[str, Any]]:
     """Adds the lesion to each score; returns metadata and what goes with errors in the frame."""
     ids = dict(zip(generator.pairs, (score["id"] for score in scores), strict=True))
@@ -2305,12 +2301,7 @@ def _examine_pairs(
     return properties
 
 
-def _save_image(image: Array, path: Path) -> None:
-    with _written_whole(path) as temporary:
-        Image.fromarray(image).save(temporary, quality=90)
-
-
-def summarize(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(scores: Scores) -> dict[str, Any]:
     """Summarizes the scores that `results` returned, beyond their mean.
 
     Returns `"images"`, the ten lowest estimates as `"doubtful": {id: estimate}`, and for each score
@@ -2374,9 +2365,7 @@ def read_scores(path: StrPath, ids: Iterable[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_scores(
-    scores: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def compare_scores(scores: Scores, others: Scores) -> dict[str, Any]:
     """Compares the Dice of two runs image by image, as `results` or `read_scores` returned it.
 
     Returns `"images"` (in both), `"unmatched"` (in one), `"mean_difference"` (above 0 if `scores`
@@ -2423,24 +2412,18 @@ def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]
     return best
 
 
-def subgroups(
-    scores: Sequence[Mapping[str, Any]], properties: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def subgroups(scores: Scores, properties: Properties) -> list[dict[str, Any]]:
     """Scores the groups of images that share a property, given as `{id: {property: value}}`.
 
     More than 8 different numbers are grouped by quartile. A property with more than 20 groups, or
-    with one, is left out.
-
-    Returns:
-        For each group `{"property", "group", "images", "dice", "ci95", "failures"}`, with the mean
-        Dice and its interval as in `summarize`.
+    with one, is left out. Returns for each group `{"property", "group", "images", "dice", "ci95",
+    "failures"}`, with the mean Dice and its interval as in `summarize`.
     """
     table = []
     for name in dict.fromkeys(itertools.chain(*properties.values())):
         known = [score for score in scores if name in properties.get(score["id"], ())]
-        groups = _group_values([properties[score["id"]][name] for score in known])
-        for group, indices in groups.items() if 1 < len(groups) <= 20 else ():
-            chosen = [known[i] for i in indices]
+        groups = _group(known, [properties[score["id"]][name] for score in known])
+        for group, chosen in groups.items() if 1 < len(groups) <= 20 else ():
             dice = [float(score["dice"]) for score in chosen]
             interval = _mean_interval(dice, [score.get("lesion", score["id"]) for score in chosen])
             failures = sum(float(score["jaccard"]) < JACCARD_FAILURE for score in chosen)
@@ -2449,8 +2432,8 @@ def subgroups(
     return table
 
 
-def _group_values(values: Sequence[Any]) -> dict[str, list[int]]:
-    """The indices of the values in each group, in the order of the values, the missing last."""
+def _group(scores: Scores, values: Sequence[Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Groups scores by their values, in the order of the values, the missing last."""
     missing = {"", "na", "nan", "none", "null", "unknown"}
     texts = [str(value).strip() for value in values]
     texts = ["missing" if text.lower() in missing else text for text in texts]
@@ -2463,9 +2446,9 @@ def _group_values(values: Sequence[Any]) -> dict[str, list[int]]:
             bins = np.searchsorted(edges[1:-1], ranks, "right")
             texts = ["missing" if rank == math.inf else f"{edges[i]:g} to {edges[i + 1]:g}"
                      for rank, i in zip(ranks, bins, strict=True)]
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for i in sorted(range(len(texts)), key=ranks.__getitem__):
-        groups.setdefault(texts[i], []).append(i)
+        groups.setdefault(texts[i], []).append(scores[i])
     return groups
 
 
@@ -2498,13 +2481,12 @@ def _report(summary: Mapping[str, Any]) -> str:
 
 
 def _figures(
-    generator: ImageGenerator, predictions: Mapping[int, Predictions],
-    scores: Sequence[Mapping[str, Any]], num_imgs: int,
-    history: Mapping[str, Sequence[float]] | None
+    generator: ImageGenerator, predictions: Mapping[int, Array], scores: Scores, num_imgs: int,
+    history: History | None
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of `results` by file name; each shows up to 20 images."""
     drawn = min(num_imgs, len(scores))
-    worst = sorted(range(len(scores)), key=lambda i: _shown_score(scores[i])[1])[:drawn]
+    worst = sorted(predictions, key=lambda i: _shown_score(scores[i])[1])[:drawn]
     for name, indices in (("predictions", range(drawn)), ("worst", worst)):
         for start in range(0, drawn, 20):
             page, contours = indices[start : start + 20], name == "worst"
@@ -2517,13 +2499,14 @@ def _figures(
 
 def _shown_score(score: Mapping[str, Any]) -> tuple[str, float]:
     """The name and value of Dice, or of its estimate for an image without a mask."""
-    name = "dice" if "dice" in score else "estimated_dice"
-    return {"dice": "Dice", "estimated_dice": "estimated Dice"}[name], score[name]
+    if "dice" in score:
+        return "Dice", score["dice"]
+    return "estimated Dice", score["estimated_dice"]
 
 
 def plot_predictions(
-    generator: ImageGenerator, predictions: Array | Mapping[int, Array],
-    scores: Sequence[Mapping[str, Any]], indices: Sequence[int], *, contours: bool = False
+    generator: ImageGenerator, predictions: Array | Mapping[int, Array], scores: Scores,
+    indices: Sequence[int], *, contours: bool = False
 ) -> Figure:
     """Plots input, target (if any) and prediction of the chosen images, with id and Dice.
 
@@ -2572,10 +2555,9 @@ def _draw_contours(axes: Axes, pictures: Mapping[str, Array]) -> None:
             axes.plot([], [], color=color, label=name)
 
 
-def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
+def plot_dice_histogram(scores: Scores) -> Figure:
     """Plots the distribution of Dice, or without masks of its estimate, in the `results`."""
-    title = f"{_shown_score(scores[0])[0]} coefficient"
-    title = title[0].upper() + title[1:]
+    title = "Dice coefficient" if "dice" in scores[0] else "Estimated Dice coefficient"
     dice = np.array([_shown_score(score)[1] for score in scores])
     figure, (axes,) = _subplots(1, 1, width=7, height=4)
     axes.hist(dice, bins=40, range=(0, 1), color="tab:blue", edgecolor="white")
@@ -2587,7 +2569,7 @@ def plot_dice_histogram(scores: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
+def plot_history(history: History) -> Figure:
     """Plots accuracy, loss and Dice over the epochs, as far as the history of a record has them."""
     titles = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
     panels = [name for name in titles if history.get(name)]
@@ -2640,7 +2622,7 @@ main img { width: 100%; aspect-ratio: 4/3; object-fit: contain } :target img { h
 <label><input type="checkbox" name="down">descending</label> <label>Id <input name="part"></label>
 <label $unscored><input type="checkbox" name="failures">failures (Jaccard &lt; $failure)</label>
 <span>Outlines: prediction magenta<span $unscored>, target lime</span></span></form>
-<main id="gallery"><!-- cards --></main><script>
+<main id="gallery">$cards</main><script>
 view.onsubmit = () => false;
 const cards = [...gallery.children], {compare} = new Intl.Collator('en', {numeric: true});
 (view.oninput = () => {
@@ -2656,27 +2638,29 @@ onkeydown = ({key}) => document.querySelector(  // a click on what is shown larg
 
 
 def _write_page(
-    output: Path, summary: Mapping[str, Any], scores: Sequence[Any], thumbnails: Any, history: Any
+    output: Path, summary: Mapping[str, Any], scores: Scores, thumbnails: Any, history: Any
 ) -> None:
     """Writes `report.html`, a single file: tables, plots, and all images to sort and filter."""
     _, *names = scores[0]
-    facts = [{"": name, "value": v} for name, v in summary.items() if isinstance(v, int | float)]
-    comparison = [{"comparison": k, "value": f"{v:.2g}" if k == "wilcoxon_p" else v} for k, v in
-                  summary.get("comparison", {}).items() if not isinstance(v, dict)]
-    top, bottom = PAGE.substitute(
-        total=len(scores), failure=JACCARD_FAILURE, unscored="hidden" * ("dice" not in names),
-        tables=_table(facts) + _table([{"": n, **summary[n]} for n in names if n in summary])
-               + _table(summary.get("subgroups", [])) + _table(comparison),
-        plots="".join('<img alt="" src="data:image/png;base64,'
-                      f'{base64.b64encode((output / name).read_bytes()).decode()}">'
-                      for name in ("histogram.png", "training.png")[: 1 + bool(history)]),
-        options="".join(f"<option>{name}</option>" for name in (*names, "id")),
-        dots="".join(f'<a href="#{i}"><circle r="1" cx="{100 * s["estimated_dice"]}" '
-                     f'cy="{100 - 100 * s.get("dice", 0)}"/></a>' for i, s in enumerate(scores)),
-    ).split("<!-- cards -->")
-    with _written_whole(output / "report.html") as path, open(path, "w", encoding="utf-8") as file:
-        cards = map(_card, itertools.count(), scores, thumbnails)
-        file.writelines(itertools.chain([top], cards, [bottom]))
+    tables = [
+        [{"": name, "value": v} for name, v in summary.items() if isinstance(v, int | float)],
+        [{"": name, **summary[name]} for name in names if name in summary],
+        summary.get("subgroups", []),
+        [{"comparison": name, "value": f"{v:.2g}" if name == "wilcoxon_p" else v} for name, v in
+         summary.get("comparison", {}).items() if not isinstance(v, dict)],
+    ]
+    plots = [output / f"{name}.png" for name in ("histogram", "training")[: 1 + bool(history)]]
+    dots = (f'<a href="#{i}"><circle r="1" cx="{100 * score["estimated_dice"]}" '
+            f'cy="{100 - 100 * score.get("dice", 0)}"/></a>' for i, score in enumerate(scores))
+    with _written_whole(output / "report.html") as temporary:
+        page = PAGE.substitute(
+            total=len(scores), failure=JACCARD_FAILURE, unscored="hidden" * ("dice" not in names),
+            tables="".join(map(_table, tables)), dots="".join(dots),
+            plots="".join('<img alt="" src="data:image/png;base64,'
+                          f'{base64.b64encode(plot.read_bytes()).decode()}">' for plot in plots),
+            options="".join(f"<option>{name}</option>" for name in (*names, "id")),
+            cards="".join(map(_card, itertools.count(), scores, thumbnails)))
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _card(i: int, score: Mapping[str, Any], thumbnail: str) -> str:
