@@ -1,7 +1,6 @@
 """Segmentation of skin lesions in ISIC images with an improved UNet.
 
-The sections follow the data: files, loading, inspection, split, generators, model, Dice, training,
-prediction, saving, results, drivers. In short::
+The sections follow the data. In short::
 
     images, masks = segment.find_image_pairs("images/sample/input", "images/sample/truth")
     split = train, val, test = segment.train_val_test_split(images, masks)
@@ -107,7 +106,6 @@ MASK_NAME = r"(?i)([_.-](masks?|seg|segmentation|lesion|gt|label|annotation))+$"
 RESULT_FILES = ({"scores.csv", "summary.json"}, {"training.csv", "last.keras"})  # of a run
 NO_IMAGE = r"(?i)(_superpixels|_overlay|^image_sizes|_R\d+_Label\d+)$"  # of ISIC, this program, PH2
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all that is decoded; MPO belongs to JPEG
-MAX_PIXELS = {"JPEG": 2**28, "MPO": 2**28}  # decoded at a reduced scale; of others 2**26
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
 DISTANCES = ("hd95", "assd")  # of outlines, in per cent of the image's diagonal; no scores
 JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation as failed
@@ -124,6 +122,7 @@ StrPath = str | os.PathLike[str]
 Paths = Sequence[StrPath]
 Pair = tuple[str, str | None]
 Pairs = tuple[list[str], list[str]]
+Lesions = list[list[Pair]]
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 Tensor = Any  # of any backend
@@ -148,10 +147,9 @@ def _check_file_to_write(path: StrPath, suffix: str = "") -> None:
     _require(not path.is_dir(), f"{path} is a folder: give the name of a file, or a new one.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise SegmentError(f"{path}: cannot be written ({error.strerror}).") from error
-    writable = os.access(path.parent, os.W_OK)
-    _require(writable, f"{path}: cannot be written (its folder is read-only).")
 
 
 @contextlib.contextmanager
@@ -159,18 +157,15 @@ def _written_whole(path: StrPath) -> Iterator[Path]:
     """Yields a temporary file or folder that replaces `path` once it is complete."""
     path = Path(path)
     _check_file_to_write(path)
-    name = f".segment-unfinished-{os.getpid()}-{threading.get_ident()}{path.suffix}"
-    temporary = path.with_name(name)
     try:
-        yield temporary
-        with contextlib.suppress(IsADirectoryError), open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut may keep the new name without the content
-        temporary.replace(path)
+        with tempfile.TemporaryDirectory(prefix=".segment-unfinished-", dir=path.parent) as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            with contextlib.suppress(IsADirectoryError), open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # or a power cut may keep the new name without the content
+            temporary.replace(path)
     except OSError as error:
         raise SegmentError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            (shutil.rmtree if temporary.is_dir() else os.unlink)(temporary)
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] = ()) -> None:
@@ -181,12 +176,11 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of killed processes; writing one takes seconds, not an hour."""
-    for path in folder.glob(".segment-unfinished-*"):
+    """Removes temporary folders of killed processes; writing a file takes seconds, not an hour."""
+    for path in folder.glob(".segment-unfinished-????????/"):
         with contextlib.suppress(OSError):
-            ours = re.fullmatch(r"\.segment-unfinished-\d+-\d+(\.\w+)?", path.name)
-            if ours and path.stat().st_mtime < time.time() - 3600:
-                path.unlink()
+            if path.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(path)
 
 
 # --- 1. Loading: from a folder to pairs, from a file to an array ------------------------------
@@ -215,24 +209,19 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = 
 
     Takes the folders of ISIC 2016 to 2018, HAM10000 and PH2 as they are unpacked, and any others in
     which image and mask share a stem. A mask's name may end in `MASK_NAME`, as `_segmentation`; if
-    both folders are the same, it must. Superpixels, hidden files and results are ignored.
-
-    Ids that occur twice and files without a partner are an error, or with `skip_bad` a warning;
-    `unpaired_files` lists them.
+    both folders are the same, it must. Superpixels, hidden files and results are ignored. Ids that
+    occur twice and files without a partner are an error, or with `skip_bad` a warning.
     """
     pairs, findings = _pair_files(image_dir, mask_dir)
-    kinds = Counter(finding.kind for finding in findings)
-    found = [
+    found = " and ".join(
         f"{_count(count, kind)} ({_shorten([f.what for f in findings if f.kind == kind])})"
-        for kind, count in kinds.items()
-    ]
-    what = f"Expected one mask for each image, by id, but {image_dir} and {mask_dir} hold " \
-           f"{' and '.join(found)}"
-    _require(not found or (skip_bad and bool(pairs)), f"{what}: add, rename or remove files, or "
-             "leave these out with --skip-bad (skip_bad=True).")
+        for kind, count in Counter(finding.kind for finding in findings).items())
+    _require(not found or (skip_bad and bool(pairs)), "Expected one mask for each image, by id, "
+             f"but {image_dir} and {mask_dir} hold {found}: add, rename or remove files, or leave "
+             "these out with --skip-bad (skip_bad=True).")
     if found:
-        warnings.warn(f"left out: {' and '.join(found)}.", stacklevel=2)
-    return [image for image, _ in pairs], [mask for _, mask in pairs]
+        warnings.warn(f"left out: {found}.", stacklevel=2)
+    return _unzip([pairs])
 
 
 def unpaired_files(image_dir: StrPath, mask_dir: StrPath) -> list[Finding]:
@@ -241,33 +230,31 @@ def unpaired_files(image_dir: StrPath, mask_dir: StrPath) -> list[Finding]:
         return _pair_files(image_dir, mask_dir)[1]
 
 
-UNPAIRED = {(1, 0): "images without a mask", (0, 1): "masks without an image"}  # files of one id
-
-
-def _pair_files(
-    image_dir: StrPath, mask_dir: StrPath
-) -> tuple[list[tuple[str, str]], list[Finding]]:
+def _pair_files(image_dir: StrPath, mask_dir: StrPath) -> tuple[list[Pair], list[Finding]]:
     images, masks = _list_images(image_dir), _list_images(mask_dir)
-    shared = set(map(_real_path, images)) & set(map(_real_path, masks))
-    if len(shared) == len(images) == len(masks):  # one folder
-        images, masks = [p for p in images if not _is_mask(p)], [p for p in masks if _is_mask(p)]
-    elif len(shared) == len(masks):  # the inner folder owns its files
-        images = [path for path in images if _real_path(path) not in shared]
-    else:
-        masks = [path for path in masks if _real_path(path) not in shared]
-    images = [path for path in images if not _is_mask(path)] or images
-    by_id: dict[str, tuple[list[str], list[str]]] = {}
-    for i, path in [*((0, image) for image in images), *((1, mask) for mask in masks)]:
-        by_id.setdefault(image_id(path), ([], []))[i].append(path)
-    pairs, findings = list[tuple[str, str]](), list[Finding]()
+    if images.keys() == masks.keys():  # one folder
+        masks = {real: path for real, path in masks.items() if _is_mask(path)}
+    outer = images if masks.keys() <= images.keys() else masks  # the inner one owns its files
+    for real in images.keys() & masks.keys():
+        del outer[real]
+    named = [path for path in images.values() if not _is_mask(path)] or images.values()
+    by_id: dict[str, Pairs] = {}
+    for part, paths in enumerate((named, masks.values())):
+        for path in paths:
+            by_id.setdefault(image_id(path), ([], []))[part].append(path)
+    pairs, findings = list[Pair](), list[Finding]()
     for id_, files in sorted(by_id.items()):
-        paths, counts = [*files[0], *files[1]], (len(files[0]), len(files[1]))
-        if counts == (1, 1):
-            pairs.append((paths[0], paths[1]))
-        else:
-            kind = UNPAIRED.get(counts, "ids that several files share")
-            what = id_ if counts in UNPAIRED else f"{id_}: {' and '.join(paths)}"
-            findings.append(Finding("error", kind, paths[0], what))
+        match files:
+            case [image], [mask]:
+                pairs.append((image, mask))
+            case [image], []:
+                findings.append(Finding("error", "images without a mask", image, id_))
+            case [], [mask]:
+                findings.append(Finding("error", "masks without an image", mask, id_))
+            case _:
+                paths = [*files[0], *files[1]]
+                what = f"{id_}: {' and '.join(paths)}"
+                findings.append(Finding("error", "ids that several files share", paths[0], what))
     return pairs, findings
 
 
@@ -276,49 +263,44 @@ def find_images(image_dir: StrPath) -> list[str]:
 
     Masks, by `MASK_NAME`, are ignored, and so are superpixels, hidden files and results.
     """
-    files = _list_images(image_dir)
+    files = _list_images(image_dir).values()
     paths = [path for path in files if not _is_mask(path)]
     _require(bool(paths), f"{image_dir} holds only masks: give the folder of the images.")
-    lost = {image_id(path) for path in files} - set(map(image_id, paths))
-    if lost:
+    if lost := {image_id(path) for path in files} - set(map(image_id, paths)):
         names = f"{_count(len(lost), 'masks by name')} ({_shorten(sorted(lost))})"
         warnings.warn(f"{image_dir}: passed over {names}.", stacklevel=2)
     return paths
 
 
-def _list_images(folder: StrPath) -> list[str]:
-    """Lists images, sorted; counts in a warning what else a user may take for one."""
+def _list_images(folder: StrPath) -> dict[str, str]:
+    """Lists images by path without links to folders; warns of what else a user may take for one."""
     _require(Path(folder).is_dir(), f"{folder} is not a folder: give the folder of the files.")
-    paths, passed_over, walked = list[str](), Counter[str](), set[str]()
+    paths, passed_over, walked = dict[str, str](), Counter[str](), set[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         results = any(files <= {*names} for files in RESULT_FILES)
         _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
                  "run among its images: move them to a folder of their own.")
-        if results or os.path.realpath(parent) in walked:  # or a link in a circle
+        real = os.path.realpath(parent)
+        if results or real in walked:  # or a link in a circle
             folders.clear()
             continue
-        walked.add(os.path.realpath(parent))
+        walked.add(real)
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
             path, other = os.path.join(parent, name), re.fullmatch(OTHER_IMAGE, name)
             image = re.fullmatch(IMAGE_NAME, name)
             if os.path.isfile(path) and image and not re.search(NO_IMAGE, Path(name).stem):
-                paths.append(path)
-            elif other or (image and os.path.islink(path) and not os.path.exists(path)):
+                paths[os.path.join(real, name)] = path
+            elif other or (image and not os.path.exists(path)):
                 passed_over[other[1].lower() if other else "broken links"] += 1
     counts = ", ".join(_count(count, kind) for kind, count in passed_over.most_common())
     _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
-    broken = [ascii(path) for path in paths if re.search("[\ud800-\udfff]", path)]
+    broken = [ascii(path) for path in paths.values() if re.search("[\ud800-\udfff]", path)]
     _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
     if counts:
         warnings.warn(f"{folder}: passed over {counts}, which cannot be read.", stacklevel=3)
-    return sorted(paths)
-
-
-def _real_path(path: str) -> str:
-    """The path without links to its folder; the file itself may be a link."""
-    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    return dict(sorted(paths.items(), key=lambda item: item[1]))
 
 
 def _is_mask(path: StrPath) -> bool:
@@ -387,49 +369,45 @@ def _decode(
 ) -> list[Array]:
     """Decodes an image, or a mask for an image of `fit_to`, once and fits it into each frame.
 
-    A mask is 0 and 255, a `soft` one anything between. `notes` receives what is unusual about the
-    values of a mask, by kind.
+    A mask is 0 and 255, a `soft` one anything between; `notes` receives what is unusual about it.
     """
+    frames = [frame if frame is None else _check_image_size(frame) for frame in image_sizes]
+    size = fit_to or _size_of(path)
     with _open_image(path) as image:
-        size, lossy = fit_to or _upright_size(image), image.format in ("JPEG", "MPO")
-        if not mask and None not in image_sizes:
-            # A JPEG is decoded at the smallest scale that has about twice the pixels needed.
-            frames = [_check_image_size(frame) for frame in image_sizes if frame is not None]
-            box = np.max([letterbox(size, frame)[2:] for frame in frames], axis=0)
+        if not mask:  # a JPEG is decoded at the smallest scale that has about twice the pixels
+            box = np.max([letterbox(size, frame or size)[2:] for frame in frames], axis=0)
             height, width = box if size == (image.height, image.width) else box[::-1]
             image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
-        image.load()  # a TIFF is upright only now
         ImageOps.exif_transpose(image, in_place=True)
-        grey = _to_rgb(image, path).convert("L") if soft else None
+        grey = _to_rgb(image).convert("L") if soft else None
         if not mask:
-            image = _to_rgb(image, path)
+            image = _to_rgb(image)
         elif grey and grey.getextrema()[1] not in (1, grey.getextrema()[0]):
             image = grey
         else:  # or a soft mask of 0 and 1, or of one colour, whose alpha channel may vary
-            image = _to_black_and_white(image, lossy, path, {} if notes is None else notes)
-        fitted = [np.asarray(_fit(image, size, frame)) for frame in image_sizes]
+            image = _to_black_and_white(image, {} if notes is None else notes)
+        fitted = [np.asarray(_fit(image, size, frame)) for frame in frames]
     masks = ((levels if soft else (levels >= 128) * np.uint8(255))[..., None] for levels in fitted)
     return list(masks) if mask else fitted
 
 
 @contextlib.contextmanager
 def _open_image(path: StrPath) -> Iterator[Image.Image]:
-    """Opens an image; turns Pillow's errors into one sentence with the name of the file."""
+    """Opens an image; what fails inside the block is an error that names the file."""
     try:
         with open(path, "rb") as file:
             start = file.read(12)
             file.seek(0)
-            heic = start[4:8] == b"ftyp"
-            _require(not heic, f"{path}: is a HEIC or AVIF file by content: convert it to JPEG.")
-            # Image.open has a limit of 179 megapixels, for files that are decoded whole.
-            whole = functools.partial(Image.open, formats=FORMATS)
-            image: Any = (jpeg_factory if start[:2] == b"\xff\xd8" else whole)(file)
-            pixels, most = image.width * image.height, MAX_PIXELS.get(image.format or "", 2**26)
-            size = f"{path}: has {pixels} pixels, more than the {most} of a photograph"
-            _require(pixels <= most, f"{size}: scale it down or leave it out.")
+            heic, jpeg = start[4:8] == b"ftyp", start[:2] == b"\xff\xd8"
+            _require(not heic, "is a HEIC or AVIF file by content: convert it to JPEG.")
+            # Image.open has a limit of 179 megapixels; a JPEG is decoded at a reduced scale.
+            image = jpeg_factory(file) if jpeg else Image.open(file, formats=FORMATS)
+            pixels, most = image.width * image.height, 2**28 if jpeg else 2**26
+            _require(pixels <= most, f"has {pixels} pixels, more than the {most} of a photograph: "
+                     "scale it down or leave it out.")
             yield image
-    except SegmentError:
-        raise
+    except SegmentError as error:
+        raise SegmentError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise SegmentError(f"{path}: there is no such file.") from None
     except Exception as error:  # a damaged file can fail in any way
@@ -444,15 +422,10 @@ def _orientation(image: Image.Image) -> int:
     return int(orientation) if image.format != "TIFF" and orientation in range(1, 9) else 1
 
 
-def _upright_size(image: Image.Image) -> Size:
-    """`(height, width)` after the EXIF orientation, from the header."""
-    turned = _orientation(image) > 4
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
 def _size_of(path: StrPath) -> Size:
+    """`(height, width)` after the EXIF orientation, from the header."""
     with _open_image(path) as image:
-        return _upright_size(image)
+        return image.size if _orientation(image) > 4 else image.size[::-1]
 
 
 def _check_same_size(image_path: StrPath, mask_path: StrPath, fit: bool = False) -> Size:
@@ -460,41 +433,41 @@ def _check_same_size(image_path: StrPath, mask_path: StrPath, fit: bool = False)
     (height, width), (rows, columns) = _size_of(image_path), _size_of(mask_path)
     if (height, width) == (rows, columns):
         return height, width
-    what = f"{image_path} is {height} × {width} (height × width), but its mask {mask_path} is " \
-           f"{rows} × {columns}"
     with _open_image(image_path) as image:
-        turned = _orientation(image) > 4 and (height, width) == (columns, rows)
-    _require(not turned, f"{what}: it fits the photo only without its EXIF orientation; turn it.")
-    scaled = abs(height * columns - width * rows) <= max(height, width)
+        turned = image.size == (columns, rows)
     close = max(abs(height - rows), abs(width - columns)) <= 3
+    scaled = abs(height * columns - width * rows) <= max(height, width)
     cause = "is off by few pixels" if close else "has another scale" if scaled else ""
+    if fit and cause and not turned:
+        return height, width
     how = f"it {cause}, which --fit-masks (PairCache(fit_masks=True)) accepts" if cause else \
           "expected a mask of the size of its image"
-    _require(bool(fit and cause), f"{what}: {how}.")
-    return height, width
+    if turned:
+        how = "it fits the photo only without its EXIF orientation; turn it"
+    raise SegmentError(f"{image_path} is {height} × {width} (height × width), but its mask "
+                       f"{mask_path} is {rows} × {columns}: {how}.")
 
 
-def _to_rgb(image: Image.Image, path: StrPath) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # grey levels of more than 8 bits, which Pillow would clip
         levels = np.asarray(image)
         low, high = levels.min(), levels.max()
-        found = f"{path}: its grey levels are {levels.dtype} from {low:g} to {high:g}"
-        valid = image.mode != "F" and low >= 0 and high <= 65535
-        _require(valid, f"{found}: expected 8 or 16 bits without a sign; convert it.")
+        _require(image.mode != "F" and low >= 0 and high <= 65535, f"its grey levels are "
+                 f"{levels.dtype} from {low:g} to {high:g}: expected 8 or 16 bits without a sign; "
+                 "convert it.")
         image = Image.fromarray((levels >> 8 if high > 255 else levels).astype(np.uint8))
     if image.mode == "P":  # Pillow converts a translucent palette correctly only through RGBA
         image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
-def _to_black_and_white(
-    image: Image.Image, lossy: bool, path: StrPath, notes: dict[str, str]
-) -> Image.Image:
+def _to_black_and_white(image: Image.Image, notes: dict[str, str]) -> Image.Image:
     """Returns a mask with the grey levels 0 and 255, or names the values that it holds."""
+    lossy = image.format in ("JPEG", "MPO")
     if image.mode == "L" and not lossy and not any(image.histogram()[1:255]):
         return image  # as nearly all masks are
     if image.has_transparency_data:
-        return _by_alpha(image.convert("RGBA"), path, notes)
+        return _by_alpha(image.convert("RGBA"), notes)
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
     colored = False
     if image.mode in ("P", "RGB", "CMYK") and not np.isin(grey, (0, 255)).all():
@@ -510,11 +483,10 @@ def _to_black_and_white(
     if exact or soft:
         if not exact and not (lossy and between.mean() < 0.01):
             notes["masks with soft edges"] = "its edges are soft and are thresholded at half"
-        return Image.fromarray((grey >= white / 2).astype(np.uint8) * 255)
-    values = f"{len(levels)} values ({_shorten([f'{level:g}' for level in levels])})"
-    _require(len(levels) == 2, f"{path}: expected a mask of 0 and 255 (or 0 and 1), but it has "
-             f"{values}: threshold it, if it is one.")
+        return Image.fromarray(grey >= white / 2).convert("L")
     names = [f"#{level:06x}" if colored else f"{level:g}" for level in levels]
+    _require(len(levels) == 2, "expected a mask of 0 and 255 (or 0 and 1), but it has "
+             f"{len(levels)} values ({_shorten(names)}): threshold it, if it is one.")
     return _by_rim(grey == levels[1], names, notes)
 
 
@@ -523,27 +495,26 @@ def _by_rim(high: Mask, names: Sequence[str], notes: dict[str, str]) -> Image.Im
     lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
     which = f"{names[lesion]} is lesion, as it is rarer at the rim"
     notes["masks of two other levels"] = f"it holds {names[0]} and {names[1]}; {which}"
-    return Image.fromarray((high == lesion).astype(np.uint8) * 255)
+    return Image.fromarray(high == lesion).convert("L")
 
 
-def _by_alpha(image: Image.Image, path: StrPath, notes: dict[str, str]) -> Image.Image:
+def _by_alpha(image: Image.Image, notes: dict[str, str]) -> Image.Image:
     """The mask in the alpha channel if the colours are constant, or in the colours if alpha is."""
-    parts = {"colours": image.convert("RGB"), "alpha": image.getchannel("A")}
-    varied = {name: part for name, part in parts.items() if len(part.getcolors(2**28) or ()) > 1}
-    masks = [_to_black_and_white(part, False, path, notes) for part in varied.values()]
-    same = len({mask.tobytes() for mask in masks}) < 2
-    _require(same, f"{path}: its colours and its alpha channel hold two different masks: keep one.")
-    if [*varied] == ["alpha"]:
+    colors, alpha = image.convert("RGB"), image.getchannel("A")
+    varied = [part for part in (colors, alpha) if part.getcolors(1) is None] or [colors]
+    masks = [_to_black_and_white(part, notes) for part in varied]
+    _require(masks[0].tobytes() == masks[-1].tobytes(),
+             "its colours and its alpha channel hold two different masks: keep one.")
+    if varied == [alpha]:
         notes["masks in the alpha channel"] = "the lesion is in its alpha channel"
-    return masks[0] if masks else _to_black_and_white(parts["colours"], False, path, notes)
+    return masks[0]
 
 
 def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image:
     """Resizes an image whose original size is `size` to its letterbox in a black frame."""
     if image_size is None:
-        height, width = size
-        return image if image.size == (width, height) else image.resize((width, height))
-    top, left, height, width = letterbox(size, _check_image_size(image_size))
+        return image.resize(size[::-1])
+    top, left, height, width = letterbox(size, image_size)
     frame = Image.new(image.mode, (image_size[1], image_size[0]))
     # Pillow's bilinear filter covers all source pixels; to average blocks first is faster.
     filter_ = Image.Resampling.BILINEAR
@@ -578,8 +549,7 @@ class PairCache:
         """Returns a pair in the first frame, and keeps it in all; no mask file: an empty mask."""
         kind = "soft" if self.soft_masks else "0 and 255"
         names = [_entry_name(image_path, mask_path, frame, kind) for frame in image_sizes]
-        found = self._find(names[0], image_sizes[0])
-        if found is not None:
+        if (found := self._find(names[0], image_sizes[0])) is not None:
             return found
         pictures = _decode(image_path, image_sizes, mask=False)
         masks = [np.zeros_like(picture[..., :1]) for picture in pictures]
@@ -597,14 +567,13 @@ class PairCache:
         return pairs[0]
 
     def _find(self, name: str, image_size: Size) -> Array | None:
-        if name in self._kept or self.folder is None:
-            return self._kept.get(name)
-        with contextlib.suppress(Exception):  # absent, or damaged in any way
-            pair: Array = np.load(self.folder / f"{name}.npy", allow_pickle=False)
-            if pair.shape == (*image_size, 4) and pair.dtype == np.uint8:
-                self._keep(name, pair)
-                return pair
-        return None
+        if name not in self._kept and self.folder is not None:
+            with contextlib.suppress(Exception):  # absent, or damaged in any way
+                pair: Array = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+                if pair.shape == (*image_size, 4) and pair.dtype == np.uint8:
+                    self._keep(name, pair)
+                    return pair
+        return self._kept.get(name)
 
     def _keep(self, name: str, pair: Array) -> None:
         with self._lock:
@@ -696,19 +665,18 @@ def _check_pair(image_sizes: Sequence[Size], cache: PairCache, pair: Pair) -> li
     image_path, mask_path = pair
     try:
         decoded = cache.load(image_path, mask_path, *image_sizes)
-        findings = [(image_path, *unusual) for unusual in _unusual_file(image_path, ("RGB",))]
+        found = [(image_path, *unusual) for unusual in _unusual_file(image_path, "RGB")]
         if mask_path is not None:
-            mask, modes = _crop(_mask_of(decoded), _size_of(image_path)), ("L", "1", "P")
-            unusual = [*cache.notes.get(mask_path, {}).items(), *_unusual_file(mask_path, modes)]
-            unusual += [*_unusual_fit(image_path, mask_path), *_unusual_mask(mask)]
-            findings += [(mask_path, *found) for found in unusual]
+            mask = _crop(_mask_of(decoded), _size_of(image_path))
+            found += [(mask_path, *unusual) for unusual in itertools.chain(
+                cache.notes.get(mask_path, {}).items(), _unusual_file(mask_path, "L", "1", "P"),
+                _unusual_fit(image_path, mask_path), _unusual_mask(mask))]
     except SegmentError as error:
         return [Finding("error", "unusable files", image_path, str(error))]
-    return [Finding("warning", kind, image_path, f"{path}: {what}.") for path, kind, what in
-            findings]
+    return [Finding("warning", kind, image_path, f"{path}: {what}.") for path, kind, what in found]
 
 
-def _unusual_file(path: str, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _unusual_file(path: str, *modes: str) -> Iterator[tuple[str, str]]:
     """Yields `(kind, what)` of a file."""
     expected = Image.registered_extensions().get(Path(path).suffix.lower())
     with _open_image(path) as image:
@@ -735,18 +703,16 @@ def _unusual_fit(image_path: str, mask_path: str) -> Iterator[tuple[str, str]]:
 def _unusual_mask(mask: Mask) -> Iterator[tuple[str, str]]:
     """What an expert would not draw."""
     rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    regions = ndimage.label(mask, np.ones((3, 3)))[1]
-    holes = ndimage.label(_fill_holes(mask) & ~mask)[1]
-    full = bool(mask.all())
-    found = {
-        ("empty masks", f"is empty at {mask.shape[0]} × {mask.shape[1]} pixels"): not mask.any(),
-        ("full masks", "is full"): full,
-        ("inverted masks", "is probably inverted, since its rim is lesion"):
-            not full and rim.mean() > 0.9,
-        ("masks of several regions", f"has {regions} regions"): regions > 1,
-        ("masks with holes", f"has holes ({holes})"): holes > 0,
-    }
-    return ((kind, f"the mask {what}") for (kind, what), unusual in found.items() if unusual)
+    if not mask.any():
+        yield "empty masks", f"the mask is empty at {mask.shape[0]} × {mask.shape[1]} pixels"
+    elif mask.all():
+        yield "full masks", "the mask is full"
+    elif rim.mean() > 0.9:
+        yield "inverted masks", "the mask is probably inverted, since its rim is lesion"
+    if (regions := ndimage.label(mask, np.ones((3, 3)))[1]) > 1:
+        yield "masks of several regions", f"the mask has {regions} regions"
+    if holes := ndimage.label(_fill_holes(mask) & ~mask)[1]:
+        yield "masks with holes", f"the mask has holes ({holes})"
 
 
 def _fill_holes(mask: Mask) -> Mask:
@@ -799,8 +765,8 @@ def usable_pairs(
         _write_table(Path(output_dir) / "findings.csv", rows, Finding._fields)
     bad = {finding.path: finding.what for finding in new if finding.severity == "error"}
     listed = "".join(f"\n  {what}" for what in bad.values())
-    none = len(bad) == len(image_paths)
-    _require(not none, f"None of the images can be used: fix the files.{listed}")
+    all_bad = len(bad) == len(image_paths)
+    _require(not all_bad, f"None of the images can be used: fix the files.{listed}")
     _require(not bad or skip_bad, f"{len(bad)} of {len(image_paths)} images cannot be used: fix "
              f"the files, or leave them out with --skip-bad (skip_bad=True).{listed}")
     kinds = Counter(finding.kind for finding in new)
@@ -829,27 +795,27 @@ def find_same_lesions(
     by magnitude are compared by the highest correlation over all rotations. An image similar to
     more than four others has a common shape and belongs to no group, nor does an unreadable one.
     """
-    pairs = _zip_pairs(image_paths, mask_paths)
-    lesions = _group_lesions(pairs, image_size, cache or PairCache(0))
+    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     return [[image for image, _ in lesion] for lesion in lesions if len(lesion) > 1]
 
 
-def _group_lesions(pairs: list[Pair], image_size: Size, cache: PairCache) -> list[list[Pair]]:
+def _group_lesions(pairs: list[Pair], image_size: Size, cache: PairCache | None) -> Lesions:
     """Groups the pairs that show the same lesion, in the order of the first of each."""
     if len(pairs) < 2:
         return [pairs]
+    size, cache = _check_image_size(image_size), cache or PairCache(0)
     with ThreadPoolExecutor() as pool:
-        sign = functools.partial(_lesion_signature, _check_image_size(image_size), cache)
+        sign = functools.partial(_lesion_signature, size, cache)
         signatures = np.stack(list(pool.map(sign, pairs)))
     magnitudes = np.abs(signatures).reshape(len(pairs), -1)
     search = NearestNeighbors(n_neighbors=min(8, len(pairs) - 1), algorithm="brute")
-    neighbors = search.fit(magnitudes).kneighbors(return_distance=False)  # (pairs, 8)
-    similar = np.stack([_similarity(signatures, signatures[column]) for column in neighbors.T], 1)
-    similar = similar >= SAME_LESION
+    links = search.fit(magnitudes).kneighbors_graph()  # sparse, (pairs, pairs)
+    neighbors = links.indices.reshape(len(pairs), -1)
+    similarity = [_similarity(signatures, signatures[column]) for column in neighbors.T]
+    similar = np.stack(similarity, axis=1) >= SAME_LESION
     crowded = similar.sum(1) > 4
-    pair, column = np.nonzero(similar & ~crowded[:, None] & ~crowded[neighbors])
-    edges = np.ones(len(pair)), (pair, neighbors[pair, column])
-    links = sparse.coo_array(edges, (len(pairs), len(pairs)))
+    links.data = (similar & ~crowded[:, None] & ~crowded[neighbors]).ravel()
+    links.eliminate_zeros()
     count, numbers = sparse.csgraph.connected_components(links, directed=False)
     return [[pairs[i] for i in np.flatnonzero(numbers == number)] for number in range(count)]
 
@@ -866,8 +832,7 @@ def _lesion_signature(image_size: Size, cache: PairCache, pair: Pair) -> NDArray
     image, mask = decoded[..., :3], _mask_of(decoded)
     rows, columns = np.nonzero(mask if mask.any() else np.ones_like(mask))
     y, x, reach = rows.mean(), columns.mean(), 1.4 * math.sqrt(len(rows) / math.pi)
-    box = tuple(round(side) for side in (x - reach, y - reach, x + reach, y + reach))
-    patch = Image.fromarray(image).convert("L").crop(box)
+    patch = Image.fromarray(image).convert("L").crop((x - reach, y - reach, x + reach, y + reach))
     grey = np.asarray(patch.resize((64, 64), Image.Resampling.BILINEAR), np.float32)
     inside = ndimage.binary_erosion(grey > 20).astype(np.float32)  # neither padding nor vignette
     blur = ndimage.gaussian_filter
@@ -901,7 +866,7 @@ def train_val_test_split(
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     _check_seed(seed)
-    lesions = _group_lesions(pairs, image_size, cache or PairCache(0))
+    lesions = _group_lesions(pairs, image_size, cache)
     rest, test = _draw(lesions, test_split, seed, "test_split")
     train, val = _draw(rest, val_split, seed, "val_split")
     least = 1 + (val_split > 0) + (test_split > 0)
@@ -919,7 +884,7 @@ def cross_validation_splits(
     `val_split` of the other pairs validate. The images that `find_same_lesions` groups stay
     together. The test sets have the same number of lesions, give or take one.
     """
-    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache or PairCache(0))
+    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     _check_seed(seed)
     enough = 2 <= folds <= len(lesions)
     _require(enough, f"folds is {folds}: expected 2 to {len(lesions)}, the number of lesions.")
@@ -932,24 +897,21 @@ def cross_validation_splits(
     return splits
 
 
-def _draw(
-    lesions: list[list[Pair]], fraction: float, seed: int, name: str
-) -> tuple[list[list[Pair]], list[list[Pair]]]:
+def _draw(lesions: Lesions, fraction: float, seed: int, name: str) -> tuple[Lesions, Lesions]:
     """Draws lesions at random until they hold a fraction of the pairs: `(rest, drawn)`."""
     _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
     pairs = sum(map(len, lesions))
     count = math.floor(fraction * pairs + 1e-9)  # 0.29 * 100 < 29
     count = max(1, count) if fraction and pairs else 0
     wanted = max(count, min(map(len, lesions))) if count else 0
-    rest, drawn = list[list[Pair]](), list[list[Pair]]()
+    rest, drawn = Lesions(), Lesions()
     for lesion in shuffle(lesions, random_state=seed):
         fits = len(lesion) <= wanted
         wanted -= fits * len(lesion)
         (drawn if fits else rest).append(lesion)
-    held_out = sum(map(len, drawn))
-    if held_out != count:
-        what = f"{held_out} pairs are held out rather than {count}"
-        warnings.warn(f"{what}: the images of one lesion stay together.", stacklevel=3)
+    if (held_out := sum(map(len, drawn))) != count:
+        warnings.warn(f"{held_out} pairs are held out rather than {count}: the images of one "
+                      "lesion stay together.", stacklevel=3)
     return rest, drawn
 
 

@@ -106,10 +106,12 @@ def test_the_documented_files_are_written_and_hidden_files_are_kept(
     train: Run, tmp_path: Path
 ) -> None:
     users = {".2023-12.csv", ".12-34.keras"}
-    (tmp_path / "trained").mkdir()
-    for name in (*users, ".segment-unfinished-12-34.keras"):
-        (tmp_path / "trained" / name).write_text("half")
-        os.utime(tmp_path / "trained" / name, (0, 0))
+    killed = tmp_path / "trained" / ".segment-unfinished-abcd_123"
+    killed.mkdir(parents=True)
+    for path in (killed / "model.keras", *(tmp_path / "trained" / name for name in users)):
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    os.utime(killed, (0, 0))
     train("--inspect")
     assert set(os.listdir(tmp_path / "trained")) == users | {
         "image_sizes.png", "model.keras", "training.csv", "scores.csv", "summary.json", "masks",

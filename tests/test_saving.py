@@ -229,16 +229,21 @@ def test_load_weights_takes_another_frame_but_not_another_network(tmp_path: Path
         segment.load_weights(tiny_network((16, 32), num_filters=3), tmp_path / "m.keras")
 
 
-def test_only_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    ours = ".segment-unfinished-12-34.keras", ".segment-unfinished-12-35"
-    being_written = ".segment-unfinished-12-36.keras"
-    users = ".2023-12.csv", ".12-34.keras", ".segment-unfinished-notes.txt", "a.keras"
-    for name in (*ours, being_written, *users):
+def test_only_temporary_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    with segment._written_whole(tmp_path / "a.keras") as temporary:
+        temporary.write_bytes(b"whole")
+    ours, being_written = temporary.parent, tmp_path / ".segment-unfinished-abcd_123"
+    users = ".2023-12.csv", ".12-34.keras", ".segment-unfinished-note.txt", "a.keras"
+    kept_folder = tmp_path / ".segment-unfinished-of-a-user"
+    for folder in (ours, being_written, kept_folder):
+        folder.mkdir()
+        (folder / "a.keras").write_bytes(b"half")
+    for name in users:
         (tmp_path / name).write_bytes(b"half")
-        if name != being_written:
-            os.utime(tmp_path / name, (0, 0))
+    for path in {*tmp_path.iterdir()} - {being_written}:
+        os.utime(path, (0, 0))
     segment._remove_leftovers(tmp_path)
-    assert set(os.listdir(tmp_path)) == {being_written, *users}
+    assert set(os.listdir(tmp_path)) == {being_written.name, kept_folder.name, *users}
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
