@@ -976,8 +976,8 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         size, count = self.batch_size, len(self.pairs)
         _require(count > 0, "A generator needs at least one image, but the list is empty.")
         _require(size >= 1, f"batch_size is {size}: expected 1 or more images per batch.")
-        whole = not self.whole_batches or size <= count
-        _require(whole, f"{count} images do not make one whole batch of {size}: lower batch_size.")
+        what = f"{count} images do not make one whole batch of {size}"
+        _require(len(self) > 0, f"{what}: lower batch_size.")
 
     def __len__(self) -> int:
         batches = len(self.pairs) / self.batch_size
@@ -994,7 +994,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         """The pairs of a batch, `uint8 (N, height, width, 4)`, or one of its equal parts."""
         epoch, order = self.epoch, np.arange(len(self.pairs))
         if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(order))
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         try:
             return np.stack([self._load(i, epoch) for i in np.array_split(chosen, parts)[part]])
@@ -1097,7 +1097,6 @@ def create_model(
 def _recast(model: keras.Model, dtype: str) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
     def recast(layer: keras.Layer) -> keras.Layer:
-        """A new layer with the same settings in the other dtype."""
         end = isinstance(layer, (layers.Rescaling, layers.Activation))
         return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
 
@@ -1107,13 +1106,20 @@ def _recast(model: keras.Model, dtype: str) -> keras.Model:
     return copy
 
 
+_convolution = functools.partial(layers.Conv2D, padding="same", kernel_initializer="he_normal")
+
+
 def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
     """The features of levels 1 to 5, each at half the resolution of the one before."""
     features = []
     for level in range(1, 6):
-        filters = num_filters * 2 ** (level - 1)
-        x = _convolution(x, filters, 3, f"level{level}_conv", strides=1 if level == 1 else 2)
-        x = _context_module(x, filters, dropout, f"level{level}_context")
+        name, filters = f"level{level}_context", num_filters * 2 ** (level - 1)
+        strides = 1 if level == 1 else 2
+        x = _convolution(filters, 3, strides=strides, name=f"level{level}_conv")(x)
+        y = _convolution(filters, 3, name=f"{name}1_conv")(_norm_relu(x, f"{name}1"))
+        y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout")(y)
+        y = _convolution(filters, 3, name=f"{name}2_conv")(_norm_relu(y, f"{name}2"))
+        x = layers.Add(name=f"{name}_add")([x, y])  # a pre-activation residual block
         features.append(x)  # (N, H / 2^(level - 1), W / 2^(level - 1), filters)
     return features
 
@@ -1124,50 +1130,26 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
     x = _norm_relu(x, "level5_out")
     lesion = None
     for level in (4, 3, 2, 1):
-        filters = num_filters * 2 ** (level - 1)
-        x = layers.UpSampling2D(2, name=f"level{level}_up_repeat")(x)
-        x = _norm_relu(_convolution(x, filters, 3, f"level{level}_up_conv"), f"level{level}_up")
-        x = layers.Concatenate(name=f"level{level}_concat")([x, skips[level - 1]])  # 2 x filters
+        name, filters = f"level{level}", num_filters * 2 ** (level - 1)
+        x = layers.UpSampling2D(2, name=f"{name}_up_repeat")(x)
+        x = _norm_relu(_convolution(filters, 3, name=f"{name}_up_conv")(x), f"{name}_up")
+        x = layers.Concatenate(name=f"{name}_concat")([x, skips[level - 1]])  # 2 x filters
+        local = f"{name}_local1" if level > 1 else f"{name}_final"
+        x = _norm_relu(_convolution(2 * filters, 3, name=f"{local}_conv")(x), local)
         if level > 1:
-            x = _localization_module(x, filters, f"level{level}_local")
-        else:
-            x = _norm_relu(_convolution(x, 2 * filters, 3, "level1_final_conv"), "level1_final")
+            local = f"{name}_local2"
+            x = _norm_relu(_convolution(filters, 1, name=f"{local}_conv")(x), local)
         if level < 4:
-            lesion = _add_lesion_map(lesion, x, f"level{level}_lesion")
+            finer = _convolution(1, 1, name=f"{name}_lesion_conv")(x)
+            if lesion is not None:
+                coarser = layers.UpSampling2D(2, name=f"{name}_lesion_repeat")(lesion)
+                finer = layers.Add(name=f"{name}_lesion_add")([finer, coarser])
+            lesion = finer
     return lesion
 
 
-def _context_module(x: Tensor, filters: int, dropout: float, name: str) -> Tensor:
-    """Pre-activation residual block: norm and activation precede each convolution."""
-    y = _convolution(_norm_relu(x, f"{name}1"), filters, 3, f"{name}1_conv")
-    y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout")(y)
-    y = _convolution(_norm_relu(y, f"{name}2"), filters, 3, f"{name}2_conv")
-    return layers.Add(name=f"{name}_add")([x, y])
-
-
-def _localization_module(x: Tensor, filters: int, name: str) -> Tensor:
-    """Recombines the features after a skip connection, then halves their number."""
-    x = _norm_relu(_convolution(x, 2 * filters, 3, f"{name}1_conv"), f"{name}1")
-    return _norm_relu(_convolution(x, filters, 1, f"{name}2_conv"), f"{name}2")
-
-
-def _add_lesion_map(coarser: Tensor, x: Tensor, name: str) -> Tensor:
-    """The lesion map of this level plus that of the coarser levels at twice their size."""
-    lesion = _convolution(x, 1, 1, f"{name}_conv")
-    if coarser is None:
-        return lesion
-    repeated = layers.UpSampling2D(2, name=f"{name}_repeat")(coarser)
-    return layers.Add(name=f"{name}_add")([lesion, repeated])
-
-
-def _convolution(x: Tensor, filters: int, kernel: int, name: str, strides: int = 1) -> Tensor:
-    options: Any = {"padding": "same", "kernel_initializer": "he_normal", "name": name}
-    return layers.Conv2D(filters, kernel, strides, **options)(x)
-
-
 def _norm_relu(x: Tensor, name: str) -> Tensor:
-    """Instance normalization and leaky ReLU."""
-    x = layers.GroupNormalization(groups=-1, epsilon=1e-5, name=f"{name}_norm")(x)
+    x = layers.GroupNormalization(groups=-1, epsilon=1e-5, name=f"{name}_norm")(x)  # per instance
     return layers.LeakyReLU(0.01, name=f"{name}_relu")(x)
 
 
@@ -1253,7 +1235,7 @@ def dice_cross_entropy_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
 def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection and sum of the two areas, `float32 (N,)` in pixels."""
     y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
-    pixels = tuple(range(1, len(y_pred.shape)))
+    pixels = (1, 2, 3)
     shared = ops.sum(ops.minimum(y_true, y_pred), pixels)  # the product, if one is 0 or 1
     return shared, ops.sum(y_true, pixels) + ops.sum(y_pred, pixels)
 
@@ -1264,8 +1246,7 @@ def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
     With TP, FP, FN and TN pixels: Dice = 2 TP / (2 TP + FP + FN), Jaccard = TP / (TP + FP + FN),
     thresholded Jaccard = Jaccard, or 0 if it is below 0.65, sensitivity = TP / (TP + FN),
     specificity = TN / (TN + FP), accuracy = (TP + TN) / all. 0 / 0 counts as 1: nothing was missed.
-
-    Returns the six scores by their names in `METRICS`.
+    Returns them by their names in `METRICS`.
     """
     truth, prediction = np.asarray(truth), np.asarray(prediction)
     _require(truth.shape == prediction.shape and truth.size > 0, "The masks have the shapes "
@@ -1348,22 +1329,28 @@ def train_model(
     _compile(model)
     _record_training(model_record(model), train_generator, learning_rate, split)
     end = _count_epochs(model) + epochs
-    resumed = resume_path is not None and _resume(model, Path(resume_path), resume)
+    score = _resume(model, resume_path, save_path, resume)
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
     )
-    with contextlib.ExitStack() as stack:
-        resumed = resumed and save_path is not None
-        save_path = save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/best.keras"
-        best = _BestCheckpoint(train_generator, Path(save_path), log_path, resume_path, resumed)
-        stack.callback(best.restore)
-        stack.enter_context(_errors_of(generators))
-        stack.enter_context(_fused_norms(model))
-        return model.fit(
-            train_generator, validation_data=val_generator, verbose=verbose,
-            callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
-            initial_epoch=_count_epochs(model), epochs=end, shuffle=False,  # the generator shuffles
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, _fused_norms(model):
+        path = save_path or f"{folder}/best.keras"
+        best = _BestCheckpoint(train_generator, path, log_path, resume_path, score)
+        try:
+            return model.fit(
+                train_generator, validation_data=val_generator, verbose=verbose,
+                callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
+                initial_epoch=_count_epochs(model), epochs=end,
+                shuffle=False,  # the generator shuffles
+            )  # fmt: skip
+        except Exception as error:
+            for generator in generators:  # a backend may wrap their error in its own
+                if failure := getattr(generator, "failure", None):
+                    raise failure from error
+            raise
+        finally:
+            if best.score is not None:  # or there is no file to restore it from
+                model.load_weights(path)
 
 
 def _check_training(model: keras.Model, generators: list[Any], epochs: int, rate: float) -> None:
@@ -1381,8 +1368,7 @@ def _check_training_files(save_path: Any, resume_path: Any, log_path: Any) -> No
         if path is not None:
             _check_file_to_write(path, suffix)
             _remove_leftovers(Path(path).parent)
-    both = [Path(path).resolve() for path in (save_path, resume_path) if path is not None]
-    one = len(both) != len(set(both))
+    one = save_path and resume_path and Path(save_path).resolve() == Path(resume_path).resolve()
     _require(not one, f"{save_path} cannot hold both the best and the last epoch: name two files.")
 
 
@@ -1392,27 +1378,12 @@ def _check_frame(model: keras.Model, generator: ImageGenerator) -> None:
              "create both with the same image_size.")
 
 
-@contextlib.contextmanager
-def _errors_of(generators: Iterable[Any]) -> Iterator[None]:
-    """Raises the error of a generator itself, which a backend may wrap in its own."""
-    try:
-        yield
-    except Exception as error:
-        for generator in generators:
-            if failure := getattr(generator, "failure", None):
-                raise failure from error
-        raise
-
-
 def _compile(model: keras.Model) -> None:
-    if model.compiled:
-        schedule = isinstance(model.optimizer.get_config().get("learning_rate"), dict)
-        _require(not schedule, "The optimizer has a learning rate schedule: give it a number.")
-        return
-    accuracy = keras.metrics.MeanMetricWrapper(_pixel_accuracy, name="accuracy")
-    model.compile(
-        keras.optimizers.Adam(), dice_cross_entropy_loss, metrics=[accuracy, dice_coefficient]
-    )
+    if not model.compiled:
+        accuracy = keras.metrics.MeanMetricWrapper(_pixel_accuracy, name="accuracy")
+        model.compile("adam", dice_cross_entropy_loss, metrics=[accuracy, dice_coefficient])
+    schedule = isinstance(model.optimizer.get_config().get("learning_rate"), dict)
+    _require(not schedule, "The optimizer has a learning rate schedule: give it a number.")
 
 
 def _record_training(
@@ -1438,52 +1409,51 @@ def _count_epochs(model: keras.Model) -> int:
     return len(model_record(model).history.get("loss", ()))
 
 
-def _resume(model: keras.Model, path: Path, resume: bool) -> bool:
-    """Loads weights, optimizer and record of an interrupted training, if there is one."""
-    if not resume:
-        path.unlink(missing_ok=True)
-    if not path.exists():
-        return False
+def _resume(
+    model: keras.Model, path: StrPath | None, best_path: StrPath | None, resume: bool
+) -> float | None:
+    """Loads weights, optimizer and record of an interrupted training; returns its best score."""
+    if path is not None and not resume:
+        Path(path).unlink(missing_ok=True)
+    if path is None or not Path(path).exists():
+        return None
     before, record = model_record(_load_same_network(path, model)), model_record(model)
     facts = ("batch_size", "learning_rate", "seed", "sha256_of_images", "sha256_of_masks", "split")
     old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
-    known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]
-    changed = [fact for fact in known if old[fact] != new[fact]]
+    pairs = {fact: (old.get(fact), new.get(fact)) for fact in facts}
+    changed = [fact for fact, (a, b) in pairs.items() if a != b and None not in (a, b)]
     _require(not changed, f"{path} is the checkpoint of a training with another "
              f"{_shorten(changed)}: give its images and options, or start from scratch.")
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     before.origin |= record.origin
     model.record = before
-    return True
+    if best_path is None:
+        return None
+    scores = _epoch_scores(model_record(load_model(best_path)).history)
+    _require(bool(scores), f"{best_path} does not belong to {path}: start anew.")
+    return max(scores)
 
 
-@dataclasses.dataclass(eq=False)
 class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the best and the last epoch in whole files, record included; restores the best one."""
+    """Keeps the best and the last epoch in whole files, record included."""
 
-    train_generator: Any
-    path: Path
-    log_path: StrPath | None = None
-    resume_path: StrPath | None = None
-    resumed: bool = False
-    best: float | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, train_generator: Any, path: StrPath, log_path: StrPath | None = None,
+        resume_path: StrPath | None = None, score: float | None = None
+    ) -> None:
         super().__init__()
+        self.train_generator, self.path, self.log_path = train_generator, path, log_path
+        self.resume_path, self.score = resume_path, score  # of the best epoch in the file
 
-    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
+    def on_train_begin(self, logs: Any = None) -> None:
         """Treats a continued model as the best so far, unless it is being resumed."""
         earlier = _epoch_scores(model_record(self.model).history)
-        if self.resumed:
-            best = _epoch_scores(model_record(load_model(self.path)).history)
-            _require(bool(best), f"{self.path} does not belong to {self.resume_path}: start anew.")
-            self.best = max(best)
-        elif earlier:
+        if self.score is None and earlier:
             self._save_best(max(earlier))
         self._write_log()
 
-    def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Derives the randomness of generator and dropout from the number of the epoch."""
         self.train_generator.epoch = epoch
         seed = getattr(self.train_generator, "seed", 0)
@@ -1491,42 +1461,33 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
             if isinstance(layer, layers.Dropout) and layer.rate > 0:  # or SpatialDropout2D
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        """Records the epoch, and saves it if it is the best."""
-        logs = {name: float(value) for name, value in (logs or {}).items()}
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         _require(math.isfinite(loss), f"The loss became {loss} in epoch {epoch + 1}, where "
                  f"training stopped: try a learning rate below {logs['learning_rate']:g}.")
-        history, scored = model_record(self.model).history, {BEST, "val_loss"}
-        if scored & history.keys() != scored & logs.keys():  # not comparable with earlier epochs
-            self.best = None
-        for name in history.keys() - logs.keys():  # or its end would be taken for its beginning
-            del history[name]
-        for name, value in logs.items():
-            history.setdefault(name, []).append(value)
-        score = _epoch_scores(history)[-1]
-        if self.best is None or score > self.best:
+        record, scored = model_record(self.model), {BEST, "val_loss"}
+        if scored & record.history.keys() != scored & logs.keys():
+            self.score = None  # earlier epochs are not comparable
+        # A curve that ended is dropped, or its end would be taken for its beginning.
+        record.history = {name: [*record.history.get(name, ()), logs[name]] for name in logs}
+        score = _epoch_scores(record.history)[-1]
+        if self.score is None or score > self.score:
             self._save_best(score)
         if self.resume_path is not None:
             save_model(self.model, self.resume_path)
         self._write_log()
 
-    def _write_log(self) -> None:
-        history, count = model_record(self.model).history, _count_epochs(self.model)
-        if self.log_path is not None and history:
-            # A curve that began in a later epoch is empty before it.
-            curves = {name: [""] * (count - len(curve)) + curve for name, curve in history.items()}
-            rows = ({name: curve[i] for name, curve in curves.items()} for i in range(count))
-            _write_table(Path(self.log_path), [{"epoch": i, **row} for i, row in enumerate(rows)])
-
     def _save_best(self, score: float) -> None:
         save_model(self.model, self.path)
-        self.best = score  # only now is there a file to restore it from
+        self.score = score  # only now is there a file to restore it from
 
-    def restore(self) -> None:
-        """Restores the best epoch, if there is one."""
-        if self.best is not None:
-            self.model.load_weights(self.path)
+    def _write_log(self) -> None:
+        history = model_record(self.model).history
+        if self.log_path is not None and history:
+            # All curves end with the last epoch; one that began later is empty before it.
+            backwards = itertools.zip_longest(*map(reversed, history.values()), fillvalue="")
+            rows = [dict(zip(history, row, strict=True)) for row in reversed([*backwards])]
+            _write_table(Path(self.log_path), [{"epoch": i, **row} for i, row in enumerate(rows)])
 
 
 def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
@@ -1578,18 +1539,14 @@ def predict_each(
     """
     models, record = _settings(model, mirror=mirror, one_region=one_region, threshold=threshold)
     _check_frame(models[0], generator)
-    images = dataclasses.replace(generator, shuffle=False, augment=False, whole_batches=False,
-                                 workers=1)
-    size = images.batch_size
-    if keras.distribution.distribution() is None:  # no devices that need equal parts
-        size = min(size, len(images.pairs))
+    images = dataclasses.replace(generator, shuffle=False, augment=False, whole_batches=False)
+    size, sharing = images.batch_size, keras.distribution.distribution()
+    size = size if sharing else min(size, len(images.pairs))  # devices need equal parts
     progress = keras.utils.Progbar(len(images), verbose=verbose, unit_name="batch")
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(images.batch_part, 0)
-        for index in range(len(images)):
-            batch = ahead.result()[..., :3]
-            if index + 1 < len(images):
-                ahead = pool.submit(images.batch_part, index + 1)
+        loads: Iterator[Any] = (pool.submit(images.batch_part, i) for i in range(len(images)))
+        for load, _ in itertools.pairwise(itertools.chain(loads, [None])):  # submits one ahead
+            batch = load.result()[..., :3]
             # Filled up, so that no other batch size has to be compiled.
             full = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
             lesions = _predict_batch(models, full, record.mirror, once=len(images.pairs) == 1)
@@ -1603,16 +1560,15 @@ def _settings(model: Models, **given: Any) -> tuple[list[keras.Model], ModelReco
     models = [model] if isinstance(model, keras.Model) else list(model)
     _require(bool(models), "The list of models is empty: expected at least one.")
     frames = sorted({str(member.input_shape[1:3]) for member in models})
-    one = len(frames) == 1
-    _require(one, f"The models take images of {' and '.join(frames)}: expected one size.")
+    found = f"The models take images of {' and '.join(frames)}"
+    _require(len(frames) == 1, f"{found}: expected one size.")
     records = list(map(model_record, models))
-    fitted = all(record.estimate for record in records)
-    means: dict[str, Any] = {
-        "threshold": float(np.mean([record.threshold for record in records])),
-        "estimate": np.mean([record.estimate for record in records], 0).tolist() if fitted else [],
-    }
+    estimates = [record.estimate for record in records]
+    estimate = np.mean(estimates, 0).tolist() if all(estimates) else []
+    threshold = float(np.mean([record.threshold for record in records]))
     given = {name: value for name, value in given.items() if value is not None}
-    return models, dataclasses.replace(records[0], **means | given)
+    settings = {"threshold": threshold, "estimate": estimate, **given}
+    return models, dataclasses.replace(records[0], **settings)
 
 
 def _predict_batch(
@@ -1701,25 +1657,21 @@ def _measure_dice(
     generator: ImageGenerator, predictions: Array, thresholds: Sequence[float]
 ) -> NDArray[np.float64]:
     """The Dice of each image at each threshold, `(N, thresholds)`."""
+    def measure(pair: Pair, lesion: Predictions) -> list[float]:
+        size = _size_of(pair[0])
+        side = min(512, max(size))
+        shape, soft = letterbox(size, (side, side))[2:], generator.cache.soft_masks
+        (truth,) = _decode(str(pair[1]), [shape], mask=True, fit_to=size, soft=soft)
+        dice = []
+        for threshold in thresholds:
+            lesion.threshold = threshold
+            dice.append(score_masks(truth[..., 0] >= 128, _threshold(lesion, size, shape))["dice"])
+        return dice
+
     _require(generator.mask_paths is not None, NEEDS_MASKS)
     _check_predictions(generator, predictions)
-    score = functools.partial(_dice_by_threshold, thresholds, generator.cache.soft_masks)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array(list(pool.map(score, generator.pairs, predictions.view(Predictions))))
-
-
-def _dice_by_threshold(
-    choices: Sequence[float], soft: bool, pair: Pair, lesion: Predictions
-) -> list[float]:
-    size = _size_of(pair[0])
-    scale = min(1, 512 / max(size))
-    shape = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    (truth,) = _decode(str(pair[1]), [shape], mask=True, fit_to=size, soft=soft)
-    dice = []
-    for choice in choices:
-        lesion.threshold = choice
-        dice.append(score_masks(truth[..., 0] >= 128, _threshold(lesion, size, shape))["dice"])
-    return dice
+        return np.array(list(pool.map(measure, generator.pairs, predictions.view(Predictions))))
 
 
 def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
@@ -1807,11 +1759,10 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
     _require(enough, f"{devices} devices were requested, but {backend} can share batches among "
              f"{len(found)} ({_shorten(found)}): request {'all' if hosts else 'fewer'}.")
     if backend == "tensorflow":
-        strategy = sys.modules["tensorflow"].distribute.MirroredStrategy(found[:devices])
+        shared = sys.modules["tensorflow"].distribute.MirroredStrategy(found[:devices])
     else:
-        parallel = functools.partial(keras.distribution.DataParallel, auto_shard_dataset=False)
-        strategy = parallel(devices=found[:devices])
-    return strategy.scope()  # type: ignore[no-any-return]
+        shared = keras.distribution.DataParallel(devices=found[:devices], auto_shard_dataset=False)
+    return shared.scope()  # type: ignore[no-any-return]
 
 
 def _this_host() -> tuple[int, int]:
@@ -1824,8 +1775,7 @@ def _this_host() -> tuple[int, int]:
 def _each_host_alone() -> Iterator[None]:
     """Lets each of several hosts predict everything, since none can read what others hold."""
     sharing = keras.distribution.distribution()
-    if _this_host()[1] > 1:
-        keras.distribution.set_distribution(None)
+    keras.distribution.set_distribution(sharing if _this_host()[1] == 1 else None)
     try:
         yield
     finally:
