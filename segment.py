@@ -1340,8 +1340,7 @@ def train_model(
             return model.fit(
                 train_generator, validation_data=val_generator, verbose=verbose,
                 callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
-                initial_epoch=_count_epochs(model), epochs=end,
-                shuffle=False,  # the generator shuffles
+                initial_epoch=_count_epochs(model), epochs=end, shuffle=False,  # generators shuffle
             )  # fmt: skip
         except Exception as error:
             for generator in generators:  # a backend may wrap their error in its own
@@ -1591,9 +1590,7 @@ def _predict_batch(
     return np.asarray(sum(back) / len(back))
 
 
-def segment_image(
-    model: Models, image: StrPath | Array, *, threshold: float | None = None
-) -> Mask:
+def segment_image(model: Models, image: StrPath | Array, *, threshold: float | None = None) -> Mask:
     """Segments one photograph of any size: returns its mask, `bool (height, width)`.
 
     `image` is a path, or `uint8 (height, width, 3)` in RGB. All is done as in the load driver, with
@@ -1649,8 +1646,8 @@ def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
     is 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
     """
     thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
-    dice = _measure_dice(generator, predictions, thresholds)
-    return thresholds[int(np.argmax(dice.mean(axis=0)))]
+    dice = _measure_dice(generator, predictions, thresholds).mean(axis=0)
+    return thresholds[int(np.argmax(dice))]
 
 
 def _measure_dice(
