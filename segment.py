@@ -970,7 +970,6 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         self.pairs = _zip_pairs(self.image_paths, self.mask_paths)
         self.cache = self.cache or _shared.setdefault(soft_masks, PairCache(soft_masks=soft_masks))
         self.epoch = 0  # selects order and augmentation
-        self.failure: SegmentError | None = None  # of a file, which a backend may wrap
         self.image_size = _check_image_size(self.image_size)
         _check_seed(self.seed)
         size, count = self.batch_size, len(self.pairs)
@@ -996,11 +995,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-        try:
-            return np.stack([self._load(i, epoch) for i in np.array_split(chosen, parts)[part]])
-        except SegmentError as error:
-            self.failure = error
-            raise
+        return np.stack([self._load(i, epoch) for i in np.array_split(chosen, parts)[part]])
 
     def _load(self, i: int, epoch: int) -> Array:
         if not self.augment:
@@ -1323,8 +1318,7 @@ def train_model(
         verbose: As in `keras.Model.fit`, whose `History` is returned. That of all epochs is in the
             record.
     """
-    generators = [train_generator, val_generator]
-    _check_training(model, generators, epochs, learning_rate)
+    _check_training(model, [train_generator, val_generator], epochs, learning_rate)
     _check_training_files(save_path, resume_path, log_path)
     _compile(model)
     _record_training(model_record(model), train_generator, learning_rate, split)
@@ -1342,10 +1336,9 @@ def train_model(
                 callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
                 initial_epoch=_count_epochs(model), epochs=end, shuffle=False,  # generators shuffle
             )  # fmt: skip
-        except Exception as error:
-            for generator in generators:  # a backend may wrap their error in its own
-                if failure := getattr(generator, "failure", None):
-                    raise failure from error
+        except Exception as error:  # TensorFlow quotes that of a generator in one of its own
+            if quoted := re.search("SegmentError: (.+)", str(error)):
+                raise SegmentError(quoted[1]) from error
             raise
         finally:
             if best.score is not None:  # or there is no file to restore it from
@@ -1359,7 +1352,6 @@ def _check_training(model: keras.Model, generators: list[Any], epochs: int, rate
         if isinstance(generator, ImageGenerator):  # users may pass another PyDataset
             _check_frame(model, generator)
             _require(generator.mask_paths is not None, NEEDS_MASKS)
-            generator.failure = None
 
 
 def _check_training_files(save_path: Any, resume_path: Any, log_path: Any) -> None:
