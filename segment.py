@@ -1411,8 +1411,8 @@ def _resume(
     before, record = model_record(_load_same_network(path, model)), model_record(model)
     facts = ("batch_size", "learning_rate", "seed", "sha256_of_images", "sha256_of_masks", "split")
     old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
-    pairs = {fact: (old.get(fact), new.get(fact)) for fact in facts}
-    changed = [fact for fact, (a, b) in pairs.items() if a != b and None not in (a, b)]
+    known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]
+    changed = [fact for fact in known if old[fact] != new[fact]]
     _require(not changed, f"{path} is the checkpoint of a training with another "
              f"{_shorten(changed)}: give its images and options, or start from scratch.")
     model.optimizer.build(model.trainable_variables)
@@ -1434,17 +1434,17 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
         resume_path: StrPath | None = None, score: float | None = None
     ) -> None:
         super().__init__()
-        self.train_generator, self.path, self.log_path = train_generator, path, log_path
-        self.resume_path, self.score = resume_path, score  # of the best epoch in the file
+        self.train_generator, self.score = train_generator, score  # of the epoch in the best file
+        self.path, self.log_path, self.resume_path = path, log_path, resume_path
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Treats a continued model as the best so far, unless it is being resumed."""
         earlier = _epoch_scores(model_record(self.model).history)
         if self.score is None and earlier:
             self._save_best(max(earlier))
         self._write_log()
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         """Derives the randomness of generator and dropout from the number of the epoch."""
         self.train_generator.epoch = epoch
         seed = getattr(self.train_generator, "seed", 0)
@@ -1452,7 +1452,7 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
             if isinstance(layer, layers.Dropout) and layer.rate > 0:  # or SpatialDropout2D
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float]) -> None:
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         _require(math.isfinite(loss), f"The loss became {loss} in epoch {epoch + 1}, where "
                  f"training stopped: try a learning rate below {logs['learning_rate']:g}.")
