@@ -125,7 +125,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
         output_dir=output, findings=findings, compare=others, metadata=table,
         notes={"model": ", ".join(map(str, files if options.models else [segment.PRETRAINED.name])),
                "images_used_in_training": len(seen), "compared_with": options.compare,
-               "bfloat16": any(layer.compute_dtype == "bfloat16" for layer in models[0].layers)})
+               "bfloat16": "mixed_bfloat16" in models[0].to_json()})
     print(f"Scores, figures and masks are in {output}")
 
 

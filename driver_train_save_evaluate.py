@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 SAMPLE = Path(__file__).parent / "images" / "sample"
 ON_ISIC = {"image_size": (96, 128), "test_split": 0.03, "epochs": 60, "batch_size": 8}
@@ -110,22 +109,21 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         segment.make_deterministic()
     output, (height, width) = Path(options.output), options.image_size
     twice = (2 * height, 2 * width)  # from which augmentation zooms in
-    memory = 0 if options.cache else 2**31
-    kinds = {"fit_masks": options.fit_masks, "soft_masks": options.soft_masks}
-    cache = segment.PairCache(memory, options.cache, **kinds)
+    cache = segment.PairCache(0 if options.cache else 2**31, options.cache,
+                              fit_masks=options.fit_masks, soft_masks=options.soft_masks)
 
     # 1. Load the file names of the images and masks, and check the files, which decodes each once
-    findings, sets = list[segment.Finding](), []
-    for folders in [(options.image_dir, options.mask_dir), (options.val_dir, options.val_masks)]:
-        if folders[0] is not None:
-            images, masks = segment.find_image_pairs(*folders, skip_bad=options.skip_bad)
-            images, masks, findings = segment.usable_pairs(
-                images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
-                image_sizes=[twice, (height, width)], cache=cache, training=True,
-                findings=[*findings, *segment.unpaired_files(*folders)], output_dir=output,
-                verbose=int(sys.stdout.isatty()))
-            sets.append((images, masks))
-            print(f"{len(images)} pairs in {folders[0]}")
+    sets, findings = [], list[segment.Finding]()
+    folders = [(options.image_dir, options.mask_dir), (options.val_dir, options.val_masks)]
+    for image_dir, mask_dir in folders if options.val_dir else folders[:1]:
+        images, masks = segment.find_image_pairs(image_dir, mask_dir, skip_bad=options.skip_bad)
+        findings += segment.unpaired_files(image_dir, mask_dir)
+        images, masks, findings = segment.usable_pairs(
+            images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
+            training=True, image_sizes=[twice, (height, width)], cache=cache, findings=findings,
+            output_dir=output, verbose=int(sys.stdout.isatty()))
+        sets.append((images, masks))
+        print(f"{len(images)} pairs in {image_dir}")
     (images, masks), *validation = sets
 
     if options.inspect:
@@ -144,8 +142,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     if options.folds:
         splits = segment.cross_validation_splits(images, masks, options.folds, **draw)
     else:
-        draw["test_split"] = options.test_split
-        splits = [segment.train_val_test_split(images, masks, **draw)]
+        part = options.test_split
+        splits = [segment.train_val_test_split(images, masks, test_split=part, **draw)]
     images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
     ids = list(map(segment.image_id, images))  # tables of other images stop it before the training
     others = segment.read_scores(options.compare, ids) if options.compare and ids else ()
@@ -202,15 +200,11 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         return
 
     # 9. Show the results: each image as predicted by the model that has not seen it
-    notes: dict[str, Any] = {"model": str(path), "compared_with": options.compare}
-    if options.folds:
-        thresholds = sorted({lesion.threshold for lesion in predictions})
-        notes |= {"model": str(output), "threshold": thresholds}
     segment.results(
         segment.create_generator(images, masks, **shape), iter(predictions), findings=findings,
         num_imgs=options.num_imgs, output_dir=output, compare=others, metadata=table,
         history=None if options.folds else segment.model_record(model).history,
-        notes=notes)
+        notes={"model": str(output if options.folds else path), "compared_with": options.compare})
     print(f"Scores, figures and masks are in {output}")
 
 

@@ -92,11 +92,12 @@ __all__ = [  # noqa: RUF022, in the order of the sections
     "check_pairs", "usable_pairs", "find_same_lesions", "train_val_test_split",
     "cross_validation_splits", "create_generator", "create_model", "METRICS", "dice_coefficient",
     "dice_loss", "dice_cross_entropy_loss", "score_masks", "boundary_distances", "train_model",
-    "predict", "predict_each", "segment_image", "choose_threshold", "fit_estimate", "estimate_dice",
-    "describe_device", "data_parallel", "make_deterministic", "model_record", "save_model",
-    "load_model", "load_weights", "export_model", "stored_test_split", "image_ids_seen", "results",
-    "restore_masks", "summarize", "read_scores", "compare_scores", "read_metadata", "subgroups",
-    "plot_predictions", "plot_dice_histogram", "plot_history", "save_figure", "run_driver",
+    "predict", "predict_each", "average_models", "segment_image", "choose_threshold",
+    "fit_estimate", "estimate_dice", "describe_device", "data_parallel", "make_deterministic",
+    "model_record", "save_model", "load_model", "load_weights", "export_model", "stored_test_split",
+    "image_ids_seen", "results", "restore_masks", "summarize", "read_scores", "compare_scores",
+    "read_metadata", "subgroups", "plot_predictions", "plot_dice_histogram", "plot_history",
+    "save_figure", "run_driver",
 ]  # fmt: skip
 
 IMAGE_SIZE = (256, 256)  # as in the original system
@@ -112,6 +113,7 @@ JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation
 PRETRAINED = Path(__file__).with_name("pretrained.keras")
 RINGS, ANGLES = 16, 64  # samples of a lesion signature
 SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
+FLIPS = ((), (2,), (1,), (1, 2))  # of a batch, by axes
 OUTLINE_DOUBT = 0.005  # what the outline of a mask of the whole frame costs, in Dice
 DOUBT = 0.02  # misses are measured in units of DOUBT + 1 - estimate
 BEST = "val_dice_coefficient"  # selects the best epoch
@@ -1010,6 +1012,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         self.epoch += 1
 
 
+del ImageGenerator.workers  # the default, which would hide the property of Keras
 create_generator = ImageGenerator  # as the original calls it
 
 
@@ -1091,11 +1094,15 @@ def create_model(
 
 def _recast(model: keras.Model, dtype: str) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
-    def recast(layer: keras.Layer) -> keras.Layer:
-        end = isinstance(layer, (layers.Rescaling, layers.Activation))
+    def recast(layer: Any) -> Any:
+        if isinstance(layer, keras.Model):
+            return _recast(layer, dtype)
+        if not isinstance(layer, keras.Layer):  # but a flip, which has no dtype of its own
+            return layer
+        end = isinstance(layer, (layers.Rescaling, layers.Activation, layers.Average))
         return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
 
-    network = keras.Model(model.inputs, model.outputs, name=model.name)  # not compiled
+    network = keras.Model(model.inputs[0], model.outputs[0], name=model.name)  # not compiled
     copy = keras.models.clone_model(network, clone_function=recast)
     copy.set_weights(model.get_weights())
     return copy
@@ -1148,6 +1155,12 @@ def _norm_relu(x: Tensor, name: str) -> Tensor:
     return layers.LeakyReLU(0.01, name=f"{name}_relu")(x)
 
 
+def _layers(model: keras.Model) -> list[keras.Layer]:
+    """The layers of a network, and those of the networks in it."""
+    networks = (layer for layer in model.layers if isinstance(layer, keras.Model))
+    return [*model.layers, *itertools.chain.from_iterable(map(_layers, networks))]
+
+
 @contextlib.contextmanager
 def _fused_norms(model: keras.Model, moments: bool = False) -> Iterator[None]:
     """Computes instance norms by one operation of TensorFlow inside the block, on a processor.
@@ -1157,8 +1170,8 @@ def _fused_norms(model: keras.Model, moments: bool = False) -> Iterator[None]:
     """
     tf = keras.backend.backend() == "tensorflow" and sys.modules["tensorflow"]
     fused = moments or (tf and not tf.config.list_physical_devices("GPU"))  # XLA fuses there
-    norms = [norm for norm in model.layers if fused and isinstance(norm, layers.GroupNormalization)
-             and "call" not in vars(norm)]  # as inside another block
+    norms = [norm for norm in _layers(model) if isinstance(norm, layers.GroupNormalization)
+             and fused and "call" not in vars(norm)]  # as inside another block
     for norm in norms:
         norm.call = functools.partial(_normalize, norm, moments)
     try:
@@ -1448,7 +1461,7 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
         """Derives the randomness of generator and dropout from the number of the epoch."""
         self.train_generator.epoch = epoch
         seed = getattr(self.train_generator, "seed", 0)
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(_layers(self.model)):
             if isinstance(layer, layers.Dropout) and layer.rate > 0:  # or SpatialDropout2D
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
@@ -1566,7 +1579,7 @@ def _predict_batch(
     models: Sequence[keras.Model], images: Array, mirror: bool, once: bool = False
 ) -> Array:
     """The mean probabilities of models and flips, flipped back; with `once` run without tracing."""
-    flips = ((), (2,), (1,), (1, 2)) if mirror else ((),)
+    flips = FLIPS if mirror else FLIPS[:1]
     views = np.concatenate([np.flip(images, axes) for axes in flips])  # (flips * N, H, W, 3)
     eager = once and keras.backend.backend() == "tensorflow"  # tracing takes longer than 4 views
     # The activations of more views at once leave the processor's caches: nearly twice the time.
@@ -1580,6 +1593,34 @@ def _predict_batch(
         flipped = np.split(lesions, len(flips))
         back += [np.flip(lesion, axes) for lesion, axes in zip(flipped, flips, strict=True)]
     return np.asarray(sum(back) / len(back))
+
+
+def average_models(models: Sequence[keras.Model]) -> keras.Model:
+    """Makes one network of several, with the mean of their probabilities, to save or export it.
+
+    They share the four flips, so two models take the time of one with `mirror`, which the record of
+    the new one switches off. Threshold and estimate are the mean of theirs. An image that one of
+    them was trained or validated on counts as such; only what all held out is the test set.
+    """
+    models, record = _settings(models, mirror=False)
+    records = list(map(model_record, models))
+    ids = {part: [set(record.split.get(part, ())) for record in records]
+           for part in ("train", "val", "test")}
+    record.split = {part: sorted(set.union(*ids[part])) for part in ("train", "val")}
+    record.split["test"] = sorted(set.intersection(*ids["test"]))
+    record.origin, record.history = {"models": [record.origin for record in records]}, {}
+    networks = [_recast(keras.Model(model.inputs[0], model.outputs[0], name=f"model{i}"), "float32")
+                for i, model in enumerate(models, 1)]
+    image = keras.Input(models[0].input_shape[1:], name="image")
+    lesions = []
+    for view in range(len(networks) * math.ceil(len(FLIPS) / len(networks))):
+        network, axes = networks[view % len(networks)], FLIPS[view % len(FLIPS)]
+        flipped = ops.flip(image, axes) if axes else image
+        lesion = network(flipped)
+        lesions.append(ops.flip(lesion, axes) if axes else lesion)
+    model = keras.Model(image, layers.Average(name="mean")(lesions), name="average")
+    model.record = record
+    return model
 
 
 def segment_image(model: Models, image: StrPath | Array, *, threshold: float | None = None) -> Mask:
@@ -1933,7 +1974,10 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:
-    """Loads weights and threshold of a model file into a model, which may have another frame."""
+    """Loads weights and threshold of a model file into a model, which may have another frame.
+
+    Of an average of several models it loads the first.
+    """
     loaded = _load_same_network(path, model)
     model.set_weights(loaded.get_weights())
     model_record(model).threshold = model_record(loaded).threshold
@@ -1961,7 +2005,7 @@ def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> 
     images = ops.convert_to_numpy(ops.cast(ops.image.resize(patches, shape[:2]), "uint8"))
     if mirror:
         image, flips = keras.Input(shape), [np.s_[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
-        lesions = ops.split(network(ops.concatenate([image[flip] for flip in flips]))[0], 4)
+        lesions = ops.split(network(ops.concatenate([image[flip] for flip in flips])), 4)
         exported = keras.Model(image, sum(y[f] for y, f in zip(lesions, flips, strict=True)) / 4)
     signature = keras.InputSpec("uint8", (None, *shape), name="image")
     with _written_whole(path) as temporary, warnings.catch_warnings(action="ignore"):
@@ -1990,10 +2034,13 @@ def _open_export(path: Path, facts: str) -> Any:
 
 
 def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
-    loaded = load_model(path)
-    found, expected = ([weight.shape for weight in unet.weights] for unet in (loaded, model))
-    _require(found == expected, f"{path} holds another network: give one with the same layers.")
-    return loaded
+    """Loads a network with the layers of the model; of an average of several, the first one."""
+    loaded, shapes = load_model(path), [weight.shape for weight in model.weights]
+    for network in (loaded, *loaded.layers):
+        if isinstance(network, keras.Model) and [w.shape for w in network.weights] == shapes:
+            network.record = loaded.record
+            return network
+    raise SegmentError(f"{path} holds another network: give one with the same layers.")
 
 
 def _split_ids(split: Sequence[Pairs]) -> dict[str, list[str]]:
@@ -2074,8 +2121,9 @@ def results(
     _check_predictions(test_generator, predictions)
     _require(not (compare or metadata) or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
-    scores, drawn, threshold = _score_all(test_generator, predictions, output, num_imgs)
+    scores, drawn, thresholds = _score_all(test_generator, predictions, output, num_imgs)
     thumbnails = [score.pop("thumbnail", "") for score in scores]
+    threshold = thresholds if len(thresholds) > 1 else thresholds[0]  # of several folds
     summary = {"threshold": threshold, **(notes or {})}
     summary["left_out"] = [finding.path for finding in findings if finding.severity == "error"]
     summary["resized_masks"] = sum(finding.kind == "resized masks" for finding in findings)
@@ -2102,22 +2150,23 @@ def results(
 
 def _score_all(
     generator: ImageGenerator, predictions: Iterable[Array], output: Path | None, num_imgs: int
-) -> tuple[list[dict[str, Any]], dict[int, Predictions], float]:
-    """Scores and thumbnails of all images, the predictions to draw, and the threshold."""
+) -> tuple[list[dict[str, Any]], dict[int, Predictions], list[float]]:
+    """Scores and thumbnails of all images, the predictions to draw, and the thresholds."""
     if output:
         _check_file_to_write(output / "scores.csv")  # before the first image is predicted
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
-    scores, drawn = list[dict[str, Any]](), dict[int, Predictions]()
+    scores, drawn, thresholds = list[dict[str, Any]](), dict[int, Predictions](), set[float]()
     for i, score in enumerate(_score_each(generator, predictions, output)):
-        drawn[i] = last = score.pop("prediction")
+        drawn[i] = score.pop("prediction")
+        thresholds.add(float(drawn[i].threshold))
         scores.append(score)
         worst = {*sorted(drawn, key=lambda k: _shown_score(scores[k])[1])[:num_imgs]}
         drawn = {k: drawn[k] for k in drawn if k < num_imgs or k in worst}
     # Of several folds, some may be too small to fit an estimate.
     names = [name for name in scores[0] if all(name in score for score in scores)]
     scores = [{name: score[name] for name in names} for score in scores]
-    return scores, drawn, float(last.threshold)
+    return scores, drawn, sorted(thresholds)
 
 
 def _score_each(

@@ -347,14 +347,15 @@ print(f"{{started:7.1f}} s{{8 / statistics.median(times):11.1f}}/s{{memory:9.0f}
 
 def measure_exports(repeats: int) -> None:
     """Each program in a process of its own: from its start to the first image, and then."""
-    model = segment.load_model()
-    height, width = model.input_shape[1:3]
+    height, width = segment.load_model().input_shape[1:3]
+    model = segment.create_model((height, width))
+    segment.load_weights(model, segment.PRETRAINED)  # of the first of its networks
     print(f"{height} x {width}{'first image':>20}{'batches of 8':>13}{'memory':>13}{'file':>13}")
     with tempfile.TemporaryDirectory() as folder:
         for name, (suffix, code) in PROGRAMS.items():
             path = Path(folder, "model" + suffix)
             if suffix == ".keras":
-                path = segment.PRETRAINED
+                segment.save_model(model, path)
             elif not path.exists():
                 segment.export_model(model, path)
             options = [str(path), str(height), str(width), str(time.time()), str(repeats)]
@@ -375,7 +376,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--memory", type=int, metavar="N", help="instead: train on N pairs")
-    parser.add_argument("--exports", action="store_true", help="instead: the bundled model")
+    parser.add_argument("--exports", action="store_true", help="instead: a bundled network")
     options = parser.parse_args()
     if options.exports:
         measure_exports(options.repeats)

@@ -93,6 +93,18 @@ def test_an_exported_file_gives_the_probabilities_of_the_model_in_any_batch(
         np.testing.assert_allclose(probabilities, expected[:count], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # tf.lite is to move to another package
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_average_of_several_models_is_exported(
+    model: keras.Model, tmp_path: Path, name: str
+) -> None:
+    average = segment.average_models([model, tiny_network(SIZE)])
+    segment.export_model(average, tmp_path / name)
+    run = runtime(tmp_path / name)
+    np.testing.assert_allclose(run(images()), np.asarray(average(images())), atol=1e-5)
+    assert not segment_json(tmp_path / name)["mirror"]
+
+
 def test_a_bfloat16_model_is_exported_in_float32(model: keras.Model, tmp_path: Path) -> None:
     segment.export_model(segment._recast(model, "mixed_bfloat16"), tmp_path / "m.onnx")
     run = runtime(tmp_path / "m.onnx")

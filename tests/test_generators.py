@@ -190,6 +190,7 @@ def test_fit_sees_every_image_once_per_epoch_with_any_number_of_workers(
 ) -> None:
     pairs = make_pairs(7)
     batches = generator(pairs, shuffle=True, batch_size=2, workers=workers)
+    assert batches.workers == workers
     seen: list[float] = []
 
     class Recorder(keras.Model):  # type: ignore[misc]
