@@ -59,6 +59,7 @@ def test_the_average_is_saved_loaded_cast_and_has_fused_norms(tmp_path: Path) ->
     assert len(norms) == 2
     fast = segment.load_model(tmp_path / "average.keras", bfloat16=True)
     assert {layer.compute_dtype for layer in segment._layers(fast)} == {"bfloat16", "float32"}
+    assert fast.get_layer("mean").compute_dtype == "float32"
     np.testing.assert_allclose(fast.predict(images(), verbose=0), here, atol=0.02)
 
 

@@ -132,6 +132,16 @@ def test_tables_hold_every_image_in_full_precision(make_pairs: MakePairs, tmp_pa
     assert list(summary["worst"].items()) == [(id_, dice) for dice, id_ in ranked]
 
 
+def test_the_summary_lists_the_thresholds_of_several_models(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs)
+    thresholds = (0.6, 0.4, 0.6, 0.4, 0.5)
+    lesions = [with_threshold(p, t) for p, t in zip(predictions, thresholds, strict=True)]
+    segment.results(generator, iter(lesions), output_dir=tmp_path, num_imgs=0)
+    assert json.loads((tmp_path / "summary.json").read_text())["threshold"] == [0.4, 0.5, 0.6]
+
+
 def test_masks_are_written_as_the_challenge_requires(make_pairs: MakePairs, tmp_path: Path) -> None:
     generator, predictions = prepare(make_pairs, 2)
     segment.results(generator, predictions, output_dir=tmp_path / "out")
