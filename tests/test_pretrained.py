@@ -25,9 +25,7 @@ def test_the_pretrained_model_holds_two_networks_that_share_the_flips() -> None:
     model = segment.load_model()
     image = np.random.default_rng(0).integers(0, 256, (1, *model.input_shape[1:]), np.uint8)
     views = [("model1", ()), ("model2", (2,)), ("model1", (1,)), ("model2", (1, 2))]
-    expected = [
-        np.flip(model.get_layer(name)(np.flip(image, axes)), axes) for name, axes in views
-    ]
+    expected = [np.flip(model.get_layer(name)(np.flip(image, axes)), axes) for name, axes in views]
     np.testing.assert_allclose(model(image), np.mean(expected, axis=0), atol=1e-5)
 
 
