@@ -2137,15 +2137,19 @@ def results(
         _write_table(output / "scores.csv", scores)
         with _written_whole(output / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    _show_figures(_figures(test_generator, drawn, scores, num_imgs, history), output)
+    if output:
+        _write_page(output, summary, scores, thumbnails, history)
+    return scores
+
+
+def _show_figures(figures: Iterable[tuple[str, Figure]], output: Path | None) -> None:
     ipython = sys.modules.get("IPython")
-    for name, figure in _figures(test_generator, drawn, scores, num_imgs, history):
+    for name, figure in figures:
         if output:
             save_figure(figure, output / f"{name}.png")
         if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
             ipython.display.display(figure)
-    if output:
-        _write_page(output, summary, scores, thumbnails, history)
-    return scores
 
 
 def _score_all(
