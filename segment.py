@@ -1095,6 +1095,7 @@ def create_model(
 def _recast(model: keras.Model, dtype: str) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
     def recast(layer: Any) -> Any:
+        """A new layer with the same settings in the other dtype; a network is copied whole."""
         if isinstance(layer, keras.Model):
             return _recast(layer, dtype)
         if not isinstance(layer, keras.Layer):  # but a flip, which has no dtype of its own
@@ -1466,6 +1467,7 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float]) -> None:
+        """Records the epoch, and saves it if it is the best."""
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         _require(math.isfinite(loss), f"The loss became {loss} in epoch {epoch + 1}, where "
                  f"training stopped: try a learning rate below {logs['learning_rate']:g}.")
@@ -1688,6 +1690,7 @@ def _measure_dice(
 ) -> NDArray[np.float64]:
     """The Dice of each image at each threshold, `(N, thresholds)`."""
     def measure(pair: Pair, lesion: Predictions) -> list[float]:
+        """The Dice of one image at each threshold."""
         size = _size_of(pair[0])
         side = min(512, max(size))
         shape, soft = letterbox(size, (side, side))[2:], generator.cache.soft_masks
@@ -1940,6 +1943,7 @@ def _check_declared_size(path: StrPath, archive: zipfile.ZipFile) -> None:
     config.pop("compile_config", None)
 
     def count_weights() -> int:
+        """The number of weights that the file declares."""
         with keras.StatelessScope(initialize_variables=False):  # takes no memory for them
             return int(keras.saving.deserialize_keras_object(config).count_params())
 
