@@ -471,29 +471,28 @@ def _to_black_and_white(image: Image.Image, notes: dict[str, str]) -> Image.Imag
     if image.has_transparency_data:
         return _by_alpha(image.convert("RGBA"), notes)
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
-    colored = False
-    if image.mode in ("P", "RGB", "CMYK") and not np.isin(grey, (0, 255)).all():
-        colors = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1)
-        colored = len(np.unique(colors)) == 2  # which may be equally bright
-        grey = colors if colored else np.asarray(image) if image.mode == "P" else grey
     levels = np.unique(grey)
     white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
     # A mask with soft edges has black, white and hardly anything in between, in thin lines.
     exact, between = np.isin(levels, (0, white)).all(), (grey >= 24) & (grey < 232)
     soft = levels[0] < 24 and 232 <= levels[-1] <= 255 and between.mean() < 0.03
     soft = soft and not ndimage.binary_erosion(between, np.ones((5, 5))).any()
-    if exact or soft:
-        if not exact and not (lossy and between.mean() < 0.01):
-            notes["masks with soft edges"] = "its edges are soft and are thresholded at half"
-        return Image.fromarray(grey >= white / 2).convert("L")
-    names = [f"#{level:06x}" if colored else f"{level:g}" for level in levels]
-    _require(len(levels) == 2, "expected a mask of 0 and 255 (or 0 and 1), but it has "
-             f"{len(levels)} values ({_shorten(names)}): threshold it, if it is one.")
-    return _by_rim(grey == levels[1], names, notes)
+    if not exact and not soft:
+        return _by_rim(image, notes)
+    if not exact and not (lossy and between.mean() < 0.01):
+        notes["masks with soft edges"] = "its edges are soft and are thresholded at half"
+    return Image.fromarray(grey >= white / 2).convert("L")
 
 
-def _by_rim(high: Mask, names: Sequence[str], notes: dict[str, str]) -> Image.Image:
-    """The mask of two levels, of which the one that is rarer at the rim is the lesion."""
+def _by_rim(image: Image.Image, notes: dict[str, str]) -> Image.Image:
+    """The mask of two levels or colours, of which the one that is rarer at the rim is lesion."""
+    levels, name = np.asarray(image), "{:g}"
+    if image.mode[0] not in "IFL":  # colours, which may be equally bright
+        levels, name = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1), "#{:06x}"
+    names = [name.format(level) for level in np.unique(levels)]
+    _require(len(names) == 2, "expected a mask of 0 and 255 (or 0 and 1), but it has "
+             f"{len(names)} values ({_shorten(names)}): threshold it, if it is one.")
+    high = levels == levels.max()
     lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
     which = f"{names[lesion]} is lesion, as it is rarer at the rim"
     notes["masks of two other levels"] = f"it holds {names[0]} and {names[1]}; {which}"
