@@ -388,9 +388,8 @@ def _decode(
             image = grey
         else:  # or a soft mask of 0 and 1, or of one colour, whose alpha channel may vary
             image = _to_black_and_white(image, {} if notes is None else notes)
-        fitted = [np.asarray(_fit(image, size, frame)) for frame in frames]
-    masks = ((levels if soft else (levels >= 128) * np.uint8(255))[..., None] for levels in fitted)
-    return list(masks) if mask else fitted
+        fitted = [np.atleast_3d(np.asarray(_fit(image, size, frame))) for frame in frames]
+    return [(levels >= 128) * np.uint8(255) for levels in fitted] if mask and not soft else fitted
 
 
 @contextlib.contextmanager
