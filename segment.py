@@ -864,14 +864,10 @@ def train_val_test_split(
     above 0 gets at least one lesion. The images that `find_same_lesions` groups stay together; a
     set that this keeps from its size is a warning.
     """
-    pairs = _zip_pairs(image_paths, mask_paths)
     _check_seed(seed)
-    lesions = _group_lesions(pairs, image_size, cache)
+    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     rest, test = _draw(lesions, test_split, seed, "test_split")
     train, val = _draw(rest, val_split, seed, "val_split")
-    least = 1 + (val_split > 0) + (test_split > 0)
-    _require(bool(train), f"{len(pairs)} pairs are too few to train, validate and test on: expected"
-             f" at least {least} lesions; val_split and test_split of 0 make do with fewer.")
     return _unzip(train), _unzip(val), _unzip(test)
 
 
@@ -891,8 +887,6 @@ def cross_validation_splits(
     splits = []
     for rest, test in KFold(folds, shuffle=True, random_state=seed).split(lesions):
         train, val = _draw([lesions[i] for i in rest], val_split, seed, "val_split")
-        _require(bool(train), f"{len(rest)} of the lesions are too few to train and validate on: "
-                 "expected more, or a val_split of 0.")
         splits.append((_unzip(train), _unzip(val), _unzip(lesions[i] for i in test)))
     return splits
 
@@ -909,6 +903,8 @@ def _draw(lesions: Lesions, fraction: float, seed: int, name: str) -> tuple[Lesi
         fits = len(lesion) <= wanted
         wanted -= fits * len(lesion)
         (drawn if fits else rest).append(lesion)
+    _require(bool(rest), f"{pairs} pairs are too few for a {name} of {fraction}: expected at least "
+             f"two lesions, or a {name} of 0.")
     if (held_out := sum(map(len, drawn))) != count:
         warnings.warn(f"{held_out} pairs are held out rather than {count}: the images of one "
                       "lesion stay together.", stacklevel=3)
