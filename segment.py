@@ -969,10 +969,9 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         self.image_size = _check_image_size(self.image_size)
         _check_seed(self.seed)
         size, count = self.batch_size, len(self.pairs)
-        _require(count > 0, "A generator needs at least one image, but the list is empty.")
         _require(size >= 1, f"batch_size is {size}: expected 1 or more images per batch.")
-        what = f"{count} images do not make one whole batch of {size}"
-        _require(len(self) > 0, f"{what}: lower batch_size.")
+        _require(len(self) > 0, f"{count} images do not make one whole batch of {size}: expected "
+                 "at least one image, with whole_batches as many as batch_size.")
 
     def __len__(self) -> int:
         batches = len(self.pairs) / self.batch_size
