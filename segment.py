@@ -1088,16 +1088,14 @@ def create_model(
 def _recast(model: keras.Model, dtype: str) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
     def recast(layer: Any) -> Any:
-        """A new layer with the same settings in the other dtype; a network is copied whole."""
-        if isinstance(layer, keras.Model):
-            return _recast(layer, dtype)
+        """A new layer with the same settings in the other dtype."""
         if not isinstance(layer, keras.Layer):  # but a flip, which has no dtype of its own
             return layer
         end = isinstance(layer, (layers.Rescaling, layers.Activation, layers.Average))
         return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
 
     network = keras.Model(model.inputs[0], model.outputs[0], name=model.name)  # not compiled
-    copy = keras.models.clone_model(network, clone_function=recast)
+    copy = keras.models.clone_model(network, clone_function=recast, recursive=True)
     copy.set_weights(model.get_weights())
     return copy
 

@@ -88,7 +88,7 @@ def test_an_impossible_number_of_folds_is_refused(folds: int) -> None:
 def test_an_impossible_fraction_to_validate_on_is_refused(val_split: float) -> None:
     with pytest.raises(segment.SegmentError, match=f"val_split is {val_split}: expected a fracti"):
         segment.cross_validation_splits(IMAGES[:10], MASKS[:10], 2, val_split=val_split)
-    with pytest.raises(segment.SegmentError, match="1 pairs are too few for a val_split of 0.2"):
+    with pytest.raises(segment.SegmentError, match="1 pairs are too few for a val_split of"):
         segment.cross_validation_splits(IMAGES[:2], MASKS[:2], 2)
 
 

@@ -53,7 +53,7 @@ def test_impossible_splits_are_refused() -> None:
         segment.train_val_test_split(IMAGES[:3], MASKS[:2])
     with pytest.raises(segment.SegmentError, match=r"val_split is 1\.5: expected a fraction"):
         segment.train_val_test_split(IMAGES, MASKS, val_split=1.5)
-    with pytest.raises(segment.SegmentError, match="1 pairs are too few for a val_split of 0.2"):
+    with pytest.raises(segment.SegmentError, match="1 pairs are too few for a val_split of"):
         segment.train_val_test_split(IMAGES[:2], MASKS[:2])
 
 
