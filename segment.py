@@ -216,7 +216,7 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = 
     """
     pairs, findings = _pair_files(image_dir, mask_dir)
     found = " and ".join(
-        f"{_count(count, kind)} ({_shorten([f.what for f in findings if f.kind == kind])})"
+        f"{kind} ({count}: {_shorten([f.what for f in findings if f.kind == kind])})"
         for kind, count in Counter(finding.kind for finding in findings).items())
     _require(not found or (skip_bad and bool(pairs)), "Expected one mask for each image, by id, "
              f"but {image_dir} and {mask_dir} hold {found}: add, rename or remove files, or leave "
@@ -269,15 +269,15 @@ def find_images(image_dir: StrPath) -> list[str]:
     paths = [path for path in files if not _is_mask(path)]
     _require(bool(paths), f"{image_dir} holds only masks: give the folder of the images.")
     if lost := {image_id(path) for path in files} - set(map(image_id, paths)):
-        names = f"{_count(len(lost), 'masks by name')} ({_shorten(sorted(lost))})"
-        warnings.warn(f"{image_dir}: passed over {names}.", stacklevel=2)
+        warnings.warn(f"{image_dir}: ignored files named like masks ({len(lost)}: "
+                      f"{_shorten(sorted(lost))}).", stacklevel=2)
     return paths
 
 
 def _list_images(folder: StrPath) -> dict[str, str]:
     """Lists images by path without links to folders; warns of what else a user may take for one."""
     _require(Path(folder).is_dir(), f"{folder} is not a folder: give the folder of the files.")
-    paths, passed_over, walked = dict[str, str](), Counter[str](), set[str]()
+    paths, ignored, walked = dict[str, str](), Counter[str](), set[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         results = any(files <= {*names} for files in RESULT_FILES)
         _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
@@ -294,25 +294,19 @@ def _list_images(folder: StrPath) -> dict[str, str]:
             if os.path.isfile(path) and image and not re.search(NO_IMAGE, Path(name).stem):
                 paths[os.path.join(real, name)] = path
             elif other or (image and not os.path.exists(path)):
-                passed_over[other[1].lower() if other else "broken links"] += 1
-    counts = ", ".join(_count(count, kind) for kind, count in passed_over.most_common())
+                ignored[f".{other[1].lower()}" if other else "broken links"] += 1
+    counts = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common())
     _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
     broken = [ascii(path) for path in paths.values() if re.search("[\ud800-\udfff]", path)]
     _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
     if counts:
-        warnings.warn(f"{folder}: passed over {counts}, which cannot be read.", stacklevel=3)
+        warnings.warn(f"{folder}: ignored what cannot be read: {counts}.", stacklevel=3)
     return dict(sorted(paths.items(), key=lambda item: item[1]))
 
 
 def _is_mask(path: StrPath) -> bool:
     return re.search(MASK_NAME, Path(path).stem) is not None
-
-
-def _count(count: int, kind: str) -> str:
-    """Counts a kind of several, as `"2 broken links"` or `"1 broken link"`."""
-    one = re.sub(r"s( |$)", r"\1", kind, count=1)
-    return f"{count} {kind if count > 1 else one}"
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:

@@ -239,7 +239,7 @@ def test_unusable_data_is_reported_with_status_2(
     assert "test_split is 1.5: expected a fraction" in capsys.readouterr().err
     (tmp_path / "data" / "images" / "ISIC_0000003.png").unlink()
     assert train() == 2
-    assert "1 mask without an image (ISIC_0000003)" in capsys.readouterr().err
+    assert "masks without an image (1: ISIC_0000003)" in capsys.readouterr().err
     (tmp_path / "data" / "masks" / "ISIC_0000003_segmentation.png").unlink()
 
 

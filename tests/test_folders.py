@@ -58,7 +58,7 @@ def test_the_usual_names_of_masks_are_recognised_in_both_uses(tmp_path: Path, na
 def test_no_other_name_is_guessed(tmp_path: Path) -> None:
     files(tmp_path, "x.jpg", "x_outline.png", "mask_x.png")
     assert len(segment.find_images(tmp_path)) == 3
-    with pytest.raises(segment.SegmentError, match=r"3 images without a mask \(mask_x, x, x_outl"):
+    with pytest.raises(segment.SegmentError, match=r"images without a mask \(3: mask_x, x, x_o"):
         segment.find_image_pairs(tmp_path, tmp_path)
 
 
@@ -116,17 +116,17 @@ def test_one_stem_in_two_subfolders_is_an_error_only_in_pairing(tmp_path: Path) 
     ]  # fmt: skip
 
 
-def test_files_passed_over_are_counted_and_system_files_are_not(tmp_path: Path) -> None:
+def test_ignored_files_are_counted_and_system_files_are_not(tmp_path: Path) -> None:
     image, jfif, webp = files(tmp_path, "a.jpg", "b.jfif", "c.webp")
     for name in ("d.heic", "e.HEIC", "f.gif", "g.dcm", "h.jp2", ".DS_Store", "._a.jpg", "Thumbs.db",
                  "t.csv", "LICENSE.txt"):  # fmt: skip
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "i.png").symlink_to(tmp_path / "gone.png")
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="ignored what cannot be read") as caught:
         assert segment.find_images(tmp_path) == [image, jfif, webp]
-    assert "2 .heic, 1 " in said(list(caught))
-    assert {"1 .gif", "1 .dcm", "1 .jp2", "1 broken link"} <= set(
-        said(list(caught)).split("passed over ")[1].split(", which")[0].split(", ")
+    assert "read: .heic (2), " in said(list(caught))
+    assert {".gif (1)", ".dcm (1)", ".jp2 (1)", "broken links (1)"} <= set(
+        said(list(caught)).split("read: ")[1].removesuffix(".").split(", ")
     )
     assert segment.load_input_image(webp).shape == (256, 256, 3)
 
@@ -389,7 +389,7 @@ def test_partly_labelled_data_is_used_on_request_and_the_rest_is_listed(
     assert driver_train_save_evaluate.main([*options, "--test-split", "0.3", "--skip-bad"]) == 0
     printed = capsys.readouterr()
     assert "10 pairs in" in printed.out
-    assert "left out: 1 mask without an image (ISIC_0000003) and 1 image without" in printed.err
+    assert "left out: masks without an image (1: ISIC_0000003) and images without" in printed.err
     with open(tmp_path / "o" / "findings.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["kind"], row["path"]) for row in rows} == {
