@@ -327,8 +327,7 @@ def _zip_pairs(image_paths: Paths, mask_paths: Paths | None) -> list[Pair]:
 def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
     sides = tuple(image_size) if isinstance(image_size, Iterable) else ()
     valid = len(sides) == 2 and all(side in range(divisor, 2**16, divisor) for side in sides)
-    multiple = f" divisible by {divisor}" if divisor > 1 else ""
-    _require(valid, f"image_size is {image_size}: expected (height, width) in pixels{multiple}.")
+    _require(valid, f"image_size is {image_size}: expected (height, width) divisible by {divisor}.")
     return int(sides[0]), int(sides[1])
 
 
@@ -522,8 +521,7 @@ class PairCache:
     With `fit_masks`, masks of another scale or off by up to 3 pixels are resized to their images;
     with `soft_masks` they keep their grey levels. A pair takes 4 bytes of memory per pixel of the
     frame; the folder holds plain `.npy` files until its disk is full, and several processes may
-    share it. A file that changed, by its length or modification time, is decoded again, and so is
-    what is not kept.
+    share it. A file that changed, by its length or modification time, is decoded again.
     """
 
     def __init__(
@@ -541,8 +539,7 @@ class PairCache:
 
     def load(self, image_path: str, mask_path: str | None, *image_sizes: Size) -> Array:
         """Returns a pair in the first frame, and keeps it in all; no mask file: an empty mask."""
-        kind = "soft" if self.soft_masks else "0 and 255"
-        names = [_entry_name(image_path, mask_path, frame, kind) for frame in image_sizes]
+        names = [_entry_name(image_path, mask_path, f, self.soft_masks) for f in image_sizes]
         if (found := self._find(names[0], image_sizes[0])) is not None:
             return found
         pictures = _decode(image_path, image_sizes, mask=False)
@@ -593,8 +590,8 @@ def _mask_of(pair: Array) -> Mask:
     return np.asarray(pair[..., 3] >= 128)
 
 
-def _entry_name(image_path: str, mask_path: str | None, image_size: Size, kind: str) -> str:
-    identity: list[Any] = [image_size, kind]
+def _entry_name(image_path: str, mask_path: str | None, image_size: Size, soft: bool) -> str:
+    identity: list[Any] = [image_size, soft]
     for path in filter(None, (image_path, mask_path)):
         identity.append(os.path.abspath(path))
         with contextlib.suppress(OSError):  # reported by decoding
@@ -735,10 +732,9 @@ def _digest(path: StrPath) -> bytes:
 def _check_masks_vary(kinds: Mapping[str, int], count: int) -> None:
     """Refuses to train on masks of which nearly all are empty, full or equal."""
     blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"] + 1
-    _require(blank < 0.9 * count, f"{blank} of {count} masks are empty or full: export them again, "
-             "as black and white pictures without transparency.")
-    _require(same < max(3, 0.9 * count), f"{same} of {count} masks are equal: export the mask of "
-             "each image.")
+    for number, what in ((blank, "empty or full"), (same, "equal")):
+        _require(number < max(3, 0.9 * count), f"{number} of {count} masks are {what}: export that "
+                 "of each image again, in black and white without transparency.")
 
 
 def usable_pairs(
@@ -934,7 +930,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         shuffle: Whether each epoch has a new order of the images.
         augment: Whether images and masks are mirrored, rotated, zoomed, stretched and shifted
             together, and images changed in colour, gamma, contrast and sharpness.
-        seed: Determines order and augmentation, together with the epoch.
+        seed: Of order and augmentation.
         cache: By default all generators share 2 GiB of memory: 2,048 pairs of 512 x 512, the size
             at which a frame of 256 x 256 is augmented.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
