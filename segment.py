@@ -431,7 +431,7 @@ def _check_same_size(image_path: StrPath, mask_path: StrPath, fit: bool = False)
         turned = image.size == (columns, rows)
     close = max(abs(height - rows), abs(width - columns)) <= 3
     scaled = abs(height * columns - width * rows) <= max(height, width)
-    cause = "is off by few pixels" if close else "has another scale" if scaled else ""
+    cause = "is off by a few pixels" if close else "has another scale" if scaled else ""
     if fit and cause and not turned:
         return height, width
     how = f"it {cause}, which --fit-masks (PairCache(fit_masks=True)) accepts" if cause else \
@@ -885,16 +885,15 @@ def _draw(lesions: Lesions, fraction: float, seed: int, name: str) -> tuple[Lesi
     """Draws lesions at random until they hold a fraction of the pairs: `(rest, drawn)`."""
     _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
     pairs = sum(map(len, lesions))
-    count = math.floor(fraction * pairs + 1e-9)  # 0.29 * 100 < 29
-    count = max(1, count) if fraction and pairs else 0
+    _require(len(lesions) > (fraction > 0), f"{pairs} pairs are too few for a {name} of {fraction}"
+             f": expected at least two lesions, or a {name} of 0.")
+    count = max(1, math.floor(fraction * pairs + 1e-9)) if fraction else 0  # 0.29 * 100 < 29
     wanted = max(count, min(map(len, lesions))) if count else 0
     rest, drawn = Lesions(), Lesions()
     for lesion in shuffle(lesions, random_state=seed):
         fits = len(lesion) <= wanted
         wanted -= fits * len(lesion)
         (drawn if fits else rest).append(lesion)
-    _require(bool(rest), f"{pairs} pairs are too few for a {name} of {fraction}: expected at least "
-             f"two lesions, or a {name} of 0.")
     if (held_out := sum(map(len, drawn))) != count:
         warnings.warn(f"{held_out} pairs are held out rather than {count}: the images of one "
                       "lesion stay together.", stacklevel=3)

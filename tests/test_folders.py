@@ -329,7 +329,7 @@ def test_a_mask_that_fits_the_upright_photo_is_no_warning_and_one_that_fits_the_
 @pytest.mark.parametrize(
     ("size", "cause"),
     [((80, 112), "it has another scale"), ((20, 28), "it has another scale"),
-     ((41, 56), "it is off by few pixels"), ((37, 59), "it is off by few pixels"),
+     ((41, 56), "it is off by a few pixels"), ((37, 59), "it is off by few pixels"),
      ((56, 40), None), ((44, 56), None)],
 )  # fmt: skip
 def test_masks_of_another_scale_or_off_by_few_pixels_fit_on_request(
