@@ -779,11 +779,10 @@ def find_same_lesions(
 ) -> list[list[str]]:
     """Finds the images of each lesion that occurs more than once; a split keeps them together.
 
-    They may differ in light, colour, zoom and crop, and be rotated or mirrored. A lesion is sampled
-    on circles around its centre. Rotation shifts the samples along the circles and mirroring
-    reverses them; neither changes the magnitudes of their Fourier coefficients. Nearest neighbours
-    by magnitude are compared by the highest correlation over all rotations. An image similar to
-    more than four others has a common shape and belongs to no group, nor does an unreadable one.
+    They may differ in light, colour, zoom and crop, and be rotated or mirrored: this shifts or
+    reverses samples on circles around the centre, but keeps the magnitudes of their Fourier
+    coefficients. Nearest neighbours by magnitude are compared by the highest correlation over all
+    rotations. An image similar to more than four others has a common shape and belongs to no group.
     """
     lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     return [[image for image, _ in lesion] for lesion in lesions if len(lesion) > 1]
@@ -930,8 +929,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         augment: Whether images and masks are mirrored, rotated, zoomed, stretched and shifted
             together, and images changed in colour, gamma, contrast and sharpness.
         seed: Of order and augmentation.
-        cache: By default all generators share 2 GiB of memory: 2,048 pairs of 512 x 512, the size
-            at which a frame of 256 x 256 is augmented.
+        cache: By default all generators share 2 GiB of memory.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
         soft_masks: Whether masks are soft; a `cache` that is given says so itself.
         workers: Threads that load batches.
