@@ -245,18 +245,15 @@ def _pair_files(image_dir: StrPath, mask_dir: StrPath) -> tuple[list[Pair], list
         for path in paths:
             by_id.setdefault(image_id(path), ([], []))[part].append(path)
     pairs, findings = list[Pair](), list[Finding]()
-    for id_, files in sorted(by_id.items()):
-        match files:
-            case [image], [mask]:
-                pairs.append((image, mask))
-            case [image], []:
-                findings.append(Finding("error", "images without a mask", image, id_))
-            case [], [mask]:
-                findings.append(Finding("error", "masks without an image", mask, id_))
-            case _:
-                paths = [*files[0], *files[1]]
-                what = f"{id_}: {' and '.join(paths)}"
-                findings.append(Finding("error", "ids that several files share", paths[0], what))
+    for id_, (of_images, of_masks) in sorted(by_id.items()):
+        files, what = of_images + of_masks, id_
+        if len(of_images) == len(of_masks) == 1:
+            pairs.append((files[0], files[1]))
+            continue
+        kind = "images without a mask" if of_images else "masks without an image"
+        if len(files) > 1:
+            kind, what = "ids that several files share", f"{id_}: {' and '.join(files)}"
+        findings.append(Finding("error", kind, files[0], what))
     return pairs, findings
 
 
