@@ -610,10 +610,9 @@ def inspect(image_paths: Iterable[StrPath], *, skip_bad: bool = False) -> dict[S
 
 def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
     """Plots what `inspect` returned; the sizes beyond the `most` frequent share a bar."""
-    shown = dict(itertools.islice(sizes.items(), most))
-    bars = {f"{height} × {width}": count for (height, width), count in shown.items()}
-    if len(sizes) > most:
-        bars[f"{len(sizes) - most} other sizes"] = sum(sizes.values()) - sum(shown.values())
+    bars = Counter[str]()
+    for i, ((height, width), count) in enumerate(sizes.items()):
+        bars[f"{height} × {width}" if i < most else f"{len(sizes) - most} other sizes"] += count
     figure, (axes,) = _subplots(1, 1, width=7, height=1.5 + 0.26 * len(bars))
     axes.bar_label(axes.barh(list(bars), list(bars.values()), color="tab:blue"), padding=3)
     axes.invert_yaxis()
