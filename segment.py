@@ -582,11 +582,6 @@ class PairCache:
                 self.folder = None
 
 
-def _mask_of(pair: Array) -> Mask:
-    """The mask of a pair, `(height, width)`."""
-    return np.asarray(pair[..., 3] >= 128)
-
-
 def _entry_name(image_path: str, mask_path: str | None, image_size: Size, soft: bool) -> str:
     identity: list[Any] = [image_size, soft]
     for path in filter(None, (image_path, mask_path)):
@@ -654,7 +649,7 @@ def _check_pair(image_sizes: Sequence[Size], cache: PairCache, pair: Pair) -> li
         decoded = cache.load(image_path, mask_path, *image_sizes)
         found = [(image_path, *unusual) for unusual in _unusual_file(image_path, "RGB")]
         if mask_path is not None:
-            mask = _crop(_mask_of(decoded), _size_of(image_path))
+            mask = _crop(decoded[..., 3] >= 128, _size_of(image_path))
             found += [(mask_path, *unusual) for unusual in itertools.chain(
                 cache.notes.get(mask_path, {}).items(), _unusual_file(mask_path, "L", "1", "P"),
                 _unusual_fit(image_path, mask_path), _unusual_mask(mask))]
@@ -814,7 +809,7 @@ def _lesion_signature(image_size: Size, cache: PairCache, pair: Pair) -> NDArray
         decoded = cache.load(*pair, image_size)
     except SegmentError:
         return np.zeros((RINGS, ANGLES // 2 + 1), np.complex64)
-    image, mask = decoded[..., :3], _mask_of(decoded)
+    image, mask = decoded[..., :3], decoded[..., 3] >= 128
     rows, columns = np.nonzero(mask if mask.any() else np.ones_like(mask))
     y, x, reach = rows.mean(), columns.mean(), 1.4 * math.sqrt(len(rows) / math.pi)
     patch = Image.fromarray(image).convert("L").crop((x - reach, y - reach, x + reach, y + reach))
@@ -2223,7 +2218,7 @@ def _examine_pairs(
         score["lesion"] = ids[pair]
         height, width = _size_of(pair[0])
         frame = _crop(generator.cache.load(*pair, generator.image_size), (height, width))
-        grey, lesion_mask = frame[..., :3].mean(axis=2), _mask_of(frame)
+        grey, lesion_mask = frame[..., :3].mean(axis=2), frame[..., 3] >= 128
         contrast = [grey.mean(where=lesion_mask == part) if (lesion_mask == part).any() else np.nan
                     for part in (0, 1)]
         properties[score["id"]] = {
@@ -2471,7 +2466,7 @@ def _pictures(generator: ImageGenerator, prediction: Predictions, pair: Pair) ->
     frame = _crop(generator.cache.load(*pair, generator.image_size), size)
     pictures = {"Input": frame[..., :3]}
     if pair[1] is not None:
-        pictures["Target"] = _mask_of(frame)
+        pictures["Target"] = frame[..., 3] >= 128
     height, width = pictures["Input"].shape[:2]
     return {**pictures, "Prediction": _threshold(prediction, size, (height, width))}
 
