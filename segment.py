@@ -291,7 +291,7 @@ def _list_images(folder: StrPath) -> dict[str, str]:
             if os.path.isfile(path) and image and not re.search(NO_IMAGE, Path(name).stem):
                 paths[os.path.join(real, name)] = path
             elif other or (image and not os.path.exists(path)):
-                ignored[f".{other[1].lower()}" if other else "broken links"] += 1
+                ignored[other[1].lower() if other else "broken links"] += 1
     counts = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common())
     _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
@@ -324,7 +324,8 @@ def _zip_pairs(image_paths: Paths, mask_paths: Paths | None) -> list[Pair]:
 def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
     sides = tuple(image_size) if isinstance(image_size, Iterable) else ()
     valid = len(sides) == 2 and all(side in range(divisor, 2**16, divisor) for side in sides)
-    _require(valid, f"image_size is {image_size}: expected (height, width) divisible by {divisor}.")
+    multiple = f" divisible by {divisor}" if divisor > 1 else ""
+    _require(valid, f"image_size is {image_size}: expected (height, width) in pixels{multiple}.")
     return int(sides[0]), int(sides[1])
 
 
@@ -724,8 +725,8 @@ def _check_masks_vary(kinds: Mapping[str, int], count: int) -> None:
     """Refuses to train on masks of which nearly all are empty, full or equal."""
     blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"] + 1
     for number, what in ((blank, "empty or full"), (same, "equal")):
-        _require(number < max(3, 0.9 * count), f"{number} of {count} masks are {what}: export that "
-                 "of each image again, in black and white without transparency.")
+        _require(number < max(3, 0.9 * count), f"{number} of {count} masks are {what}: export "
+                 "each mask again, in black and white, without transparency.")
 
 
 def usable_pairs(
@@ -919,8 +920,8 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         shuffle: Whether each epoch has a new order of the images.
         augment: Whether images and masks are mirrored, rotated, zoomed, stretched and shifted
             together, and images changed in colour, gamma, contrast and sharpness.
-        seed: Of order and augmentation.
-        cache: By default all generators share 2 GiB of memory.
+        seed: Determines order and augmentation.
+        cache: By default all generators with the same kind of masks share 2 GiB of memory.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
         soft_masks: Whether masks are soft; a `cache` that is given says so itself.
         workers: Threads that load batches.
@@ -948,8 +949,8 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         _check_seed(self.seed)
         size, count = self.batch_size, len(self.pairs)
         _require(size >= 1, f"batch_size is {size}: expected 1 or more images per batch.")
-        _require(len(self) > 0, f"{count} images do not make one whole batch of {size}: expected "
-                 "at least one image, with whole_batches as many as batch_size.")
+        _require(len(self) > 0, f"{count} images do not fill a batch of {size}: expected at least "
+                 "one image, or batch_size of them with whole_batches.")
 
     def __len__(self) -> int:
         batches = len(self.pairs) / self.batch_size

@@ -142,7 +142,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_an_error(
     with pytest.raises(SystemExit):
         driver_train_save_evaluate.main(["--devices", "2", "--batch-size", "3"])
     assert "--batch-size 3 cannot be shared among 2 devices" in capsys.readouterr().err
-    with pytest.raises(segment.SegmentError, match="2 images do not make one whole batch of 8"):
+    with pytest.raises(segment.SegmentError, match="2 images do not fill a batch of 8"):
         segment.create_generator(*make_pairs(2), whole_batches=True)
 
 

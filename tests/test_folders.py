@@ -329,10 +329,10 @@ def test_a_mask_that_fits_the_upright_photo_is_no_warning_and_one_that_fits_the_
 @pytest.mark.parametrize(
     ("size", "cause"),
     [((80, 112), "it has another scale"), ((20, 28), "it has another scale"),
-     ((41, 56), "it is off by a few pixels"), ((37, 59), "it is off by few pixels"),
+     ((41, 56), "it is off by a few pixels"), ((37, 59), "it is off by a few pixels"),
      ((56, 40), None), ((44, 56), None)],
 )  # fmt: skip
-def test_masks_of_another_scale_or_off_by_few_pixels_fit_on_request(
+def test_masks_of_another_scale_or_off_by_a_few_pixels_fit_on_request(
     make_pairs: MakePairs, size: segment.Size, cause: str | None
 ) -> None:
     (image,), (mask,) = make_pairs(1)
