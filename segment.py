@@ -78,7 +78,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter
 from PIL.JpegImagePlugin import jpeg_factory
 from scipy import ndimage, sparse, spatial, stats
 from sklearn.metrics import roc_auc_score
@@ -104,7 +104,7 @@ IMAGE_SIZE = (256, 256)  # as in the original system
 IMAGE_NAME = r"(?is)(?!\.).*\.(jpe?g|jpe|jfif|png|bmp|tiff?|webp)"
 OTHER_IMAGE = r"(?i)[^.].*(\.(hei[cf]|avif|gif|dcm|jp2|j2k|dng|nef|cr2|arw|svg|psd|tga|p[bgpn]m))"
 MASK_NAME = r"(?i)([_.-](masks?|seg|segmentation|lesion|gt|label|annotation))+$"
-RESULT_FILES = ({"scores.csv", "summary.json"}, {"training.csv", "last.keras"})  # of a run
+RESULT_FILES = ({"findings.csv"}, {"scores.csv", "summary.json"})  # of a driver, of `results`
 NO_IMAGE = r"(?i)(_superpixels|_overlay|^image_sizes|_R\d+_Label\d+)$"  # of ISIC, this program, PH2
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all that is decoded; MPO belongs to JPEG
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
@@ -113,6 +113,7 @@ JACCARD_FAILURE = 0.65  # below it the ISIC 2018 challenge counts a segmentation
 PRETRAINED = Path(__file__).with_name("pretrained.keras")
 RINGS, ANGLES = 16, 64  # samples of a lesion signature
 SAME_LESION = 0.63  # similarity of two signatures, chosen on the duplicates in ISIC 2017
+TURNS = (None, None, 0, 3, 1, 5, 4, 6, 2)  # `Image.Transpose` by EXIF orientation, from 0
 FLIPS = ((), (2,), (1,), (1, 2))  # of a batch, by axes
 OUTLINE_DOUBT = 0.005  # what the outline of a mask of the whole frame costs, in Dice
 DOUBT = 0.02  # misses are measured in units of DOUBT + 1 - estimate
@@ -273,9 +274,9 @@ def find_images(image_dir: StrPath) -> list[str]:
 
 def _list_images(folder: StrPath) -> dict[str, str]:
     """Lists images by path without links to folders; warns of what else a user may take for one."""
-    _require(Path(folder).is_dir(), f"{folder} is not a folder: give the folder of the files.")
+    _require(os.path.isdir(folder), f"{folder} is not a folder: give the folder of the files.")
     paths, ignored, walked = dict[str, str](), Counter[str](), set[str]()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         results = any(files <= {*names} for files in RESULT_FILES)
         _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
                  "run among its images: move them to a folder of their own.")
@@ -302,6 +303,10 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     return dict(sorted(paths.items(), key=lambda item: item[1]))
 
 
+def _refuse(error: OSError) -> None:
+    raise SegmentError(f"{error.filename}: cannot be read ({error.strerror}).")
+
+
 def _is_mask(path: StrPath) -> bool:
     return re.search(MASK_NAME, Path(path).stem) is not None
 
@@ -314,6 +319,9 @@ def _shorten(names: Sequence[str], most: int = 5) -> str:
 
 def _zip_pairs(image_paths: Paths, mask_paths: Paths | None) -> list[Pair]:
     """Pairs of paths, whose masks are `None` where there are none."""
+    for paths in (image_paths, mask_paths):
+        _require(not isinstance(paths, str | os.PathLike), f"{paths} is a single path: expected a "
+                 "list, such as find_image_pairs and find_images return.")
     images = list(map(str, image_paths))
     masks = [None] * len(images) if mask_paths is None else list(map(str, mask_paths))
     counts = f"{len(images)} images came with {len(masks)} masks"
@@ -371,7 +379,10 @@ def _decode(
             box = np.max([letterbox(size, frame or size)[2:] for frame in frames], axis=0)
             height, width = box if size == (image.height, image.width) else box[::-1]
             image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
-        ImageOps.exif_transpose(image, in_place=True)
+        format_, turn = image.format, TURNS[_orientation(image)]
+        if turn is not None:  # as ImageOps.exif_transpose, which stumbles over odd EXIF tags
+            image = image.transpose(Image.Transpose(turn))
+            image.format = format_
         grey = _to_rgb(image).convert("L") if soft else None
         if not mask:
             image = _to_rgb(image)
@@ -481,7 +492,7 @@ def _by_rim(image: Image.Image, notes: dict[str, str]) -> Image.Image:
         levels, name = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1), "#{:06x}"
     names = [name.format(level) for level in np.unique(levels)]
     _require(len(names) == 2, "expected a mask of 0 and 255 (or 0 and 1), but it has "
-             f"{len(names)} values ({_shorten(names)}): threshold it, if it is one.")
+             f"{len(names)} values ({_shorten(names)}): threshold it, or read it as a soft mask.")
     high = levels == levels.max()
     lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
     which = f"{names[lesion]} is lesion, as it is rarer at the rim"
@@ -892,7 +903,8 @@ def _draw(lesions: Lesions, fraction: float, seed: int, name: str) -> tuple[Lesi
 
 
 def _check_seed(seed: int) -> None:
-    _require(seed in range(2**32), f"seed is {seed}: expected a whole number from 0 to 2^32 - 1.")
+    whole = isinstance(seed, int | np.integer) and 0 <= seed < 2**32
+    _require(whole, f"seed is {seed}: expected a whole number from 0 to 2^32 - 1.")
 
 
 def _unzip(lesions: Iterable[Iterable[Pair]]) -> Pairs:
@@ -923,7 +935,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         seed: Determines order and augmentation.
         cache: By default all generators with the same kind of masks share 2 GiB of memory.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
-        soft_masks: Whether masks are soft; a `cache` that is given says so itself.
+        soft_masks: Whether masks are soft; a `cache` needs the same setting.
         workers: Threads that load batches.
     """
 
@@ -944,6 +956,8 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         super().__init__(workers=workers)
         self.pairs = _zip_pairs(self.image_paths, self.mask_paths)
         self.cache = self.cache or _shared.setdefault(soft_masks, PairCache(soft_masks=soft_masks))
+        _require(self.cache.soft_masks or not soft_masks, "This cache reads masks of 0 and 255: "
+                 "expected PairCache(soft_masks=True).")
         self.epoch = 0  # selects order and augmentation
         self.image_size = _check_image_size(self.image_size)
         _check_seed(self.seed)
@@ -1079,7 +1093,9 @@ def _recast(model: keras.Model, dtype: str) -> keras.Model:
     return copy
 
 
-_convolution = functools.partial(layers.Conv2D, padding="same", kernel_initializer="he_normal")
+LAST = {"data_format": "channels_last"}  # whatever the user's keras.json says
+_convolution = functools.partial(
+    layers.Conv2D, padding="same", kernel_initializer="he_normal", **LAST)
 
 
 def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
@@ -1090,7 +1106,7 @@ def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
         strides = 1 if level == 1 else 2
         x = _convolution(filters, 3, strides=strides, name=f"level{level}_conv")(x)
         y = _convolution(filters, 3, name=f"{name}1_conv")(_norm_relu(x, f"{name}1"))
-        y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout")(y)
+        y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout", **LAST)(y)
         y = _convolution(filters, 3, name=f"{name}2_conv")(_norm_relu(y, f"{name}2"))
         x = layers.Add(name=f"{name}_add")([x, y])  # a pre-activation residual block
         features.append(x)  # (N, H / 2^(level - 1), W / 2^(level - 1), filters)
@@ -1104,7 +1120,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
     lesion = None
     for level in (4, 3, 2, 1):
         name, filters = f"level{level}", num_filters * 2 ** (level - 1)
-        x = layers.UpSampling2D(2, name=f"{name}_up_repeat")(x)
+        x = layers.UpSampling2D(2, name=f"{name}_up_repeat", **LAST)(x)
         x = _norm_relu(_convolution(filters, 3, name=f"{name}_up_conv")(x), f"{name}_up")
         x = layers.Concatenate(name=f"{name}_concat")([x, skips[level - 1]])  # 2 x filters
         local = f"{name}_local1" if level > 1 else f"{name}_final"
@@ -1115,7 +1131,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
         if level < 4:
             finer = _convolution(1, 1, name=f"{name}_lesion_conv")(x)
             if lesion is not None:
-                coarser = layers.UpSampling2D(2, name=f"{name}_lesion_repeat")(lesion)
+                coarser = layers.UpSampling2D(2, name=f"{name}_lesion_repeat", **LAST)(lesion)
                 finer = layers.Add(name=f"{name}_lesion_add")([finer, coarser])
             lesion = finer
     return lesion
