@@ -1222,9 +1222,8 @@ def dice_cross_entropy_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
 
     Dice alone drives probabilities to 0 and 1; cross-entropy keeps them calibrated.
     """
-    target, lesion = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
-    entropy = ops.mean(ops.binary_crossentropy(target, lesion), axis=(1, 2, 3))
-    return dice_loss(y_true, y_pred) + entropy
+    entropy = ops.binary_crossentropy(ops.cast(y_true, "float32"), ops.cast(y_pred, "float32"))
+    return dice_loss(y_true, y_pred) + ops.mean(entropy, axis=(1, 2, 3))
 
 
 def _overlap(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
@@ -1484,11 +1483,8 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
 
 def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
     """The scores by which the best epoch is the highest; without validation, the last is."""
-    if BEST in history:
-        return list(history[BEST])
-    if "val_loss" in history:
-        return [-loss for loss in history["val_loss"]]
-    return [float(epoch) for epoch in range(len(history.get("loss", ())))]
+    lowest_loss = [-loss for loss in history.get("val_loss", ())]
+    return list(history.get(BEST) or lowest_loss or range(len(history.get("loss", ()))))
 
 
 class Predictions(np.ndarray[Any, np.dtype[Any]]):
