@@ -1531,16 +1531,26 @@ def predict_each(
     size, sharing = images.batch_size, keras.distribution.distribution()
     size = size if sharing else min(size, len(images.pairs))  # devices need equal parts
     progress = keras.utils.Progbar(len(images), verbose=verbose, unit_name="batch")
-    with ThreadPoolExecutor(1) as pool:
-        loads: Iterator[Any] = (pool.submit(images.batch_part, i) for i in range(len(images)))
-        for load, _ in itertools.pairwise(itertools.chain(loads, [None])):  # submits one ahead
-            batch = load.result()[..., :3]
-            # Filled up, so that no other batch size has to be compiled.
-            full = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            lesions = _predict_batch(models, full, record.mirror, once=len(images.pairs) == 1)
-            progress.add(1)
-            for lesion in lesions[: len(batch)]:
-                yield _remember(lesion, record)
+    for batch in _map_ahead(images.batch_part, range(len(images)), ahead=1):
+        # Filled up, so that no other batch size has to be compiled.
+        full = np.pad(batch[..., :3], ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+        lesions = _predict_batch(models, full, record.mirror, once=len(images.pairs) == 1)
+        progress.add(1)
+        for lesion in lesions[: len(batch)]:
+            yield _remember(lesion, record)
+
+
+def _map_ahead(function: Callable[..., Any], *columns: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Maps a function in threads while its results are used; at most `ahead` of them wait."""
+    pool, waiting = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)), deque[Future[Any]]()
+    try:
+        for arguments in zip(*columns, strict=False):
+            waiting.append(pool.submit(function, *arguments))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _settings(model: Models, **given: Any) -> tuple[list[keras.Model], ModelRecord]:
@@ -1671,7 +1681,7 @@ def _measure_dice(
     generator: ImageGenerator, predictions: Array, thresholds: Sequence[float]
 ) -> NDArray[np.float64]:
     """The Dice of each image at each threshold, `(N, thresholds)`."""
-    def measure(pair: Pair, lesion: Predictions) -> list[float]:
+    def measure(lesion: Predictions, pair: Pair) -> list[float]:
         """The Dice of one image at each threshold."""
         size = _size_of(pair[0])
         side = min(512, max(size))
@@ -1684,9 +1694,8 @@ def _measure_dice(
         return dice
 
     _require(generator.mask_paths is not None, NEEDS_MASKS)
-    _check_predictions(generator, predictions)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array(list(pool.map(measure, generator.pairs, predictions.view(Predictions))))
+    lesions = _check_predictions(generator, predictions)
+    return np.array(list(_map_ahead(measure, lesions, generator.pairs, ahead=64)))
 
 
 def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
@@ -2062,17 +2071,23 @@ Properties = Mapping[str, Mapping[str, Any]]  # {id: {property: value}}
 
 def restore_masks(generator: ImageGenerator, predictions: Array) -> Iterator[Mask]:
     """Yields masks of `predictions`, `bool (height, width)` at the original resolution."""
-    _check_predictions(generator, predictions)
-    for (path, _), lesion in zip(generator.pairs, predictions.view(Predictions), strict=True):
+    lesions = _check_predictions(generator, predictions)
+    for lesion, (path, _) in zip(lesions, generator.pairs, strict=True):
         yield _threshold(lesion, _size_of(path))
 
 
-def _check_predictions(generator: ImageGenerator, predictions: Array | Iterator[Array]) -> None:
-    expected = (len(generator.pairs), *generator.image_size, 1)
-    shape = getattr(predictions, "shape", expected)
-    what = f"Predictions of shape {shape} do not belong to this generator, which gives {expected}"
-    _require(shape == expected, f"{what}: predict with it.")
+def _check_predictions(
+    generator: ImageGenerator, predictions: Iterable[Array]
+) -> Iterator[Predictions]:
+    """Yields the predictions, and refuses those that another generator gave."""
     _require(not generator.shuffle, "The order of shuffled images is unknown: use shuffle=False.")
+    for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
+        shape = np.shape(prediction)
+        belongs = pair is not None and shape == (*generator.image_size, 1)
+        _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not belong"
+                 f" to this generator of {len(generator.pairs)} images of {generator.image_size}: "
+                 "predict with it, and use them once.")
+        yield np.asanyarray(prediction).view(Predictions)
 
 
 def results(
@@ -2104,7 +2119,6 @@ def results(
         if it has a mask the `METRICS`, the `DISTANCES` and `"lesion"`, the id of the first image
         that shows the same lesion.
     """
-    _check_predictions(test_generator, predictions)
     _require(not (compare or metadata) or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
     scores, drawn, thresholds = _score_all(test_generator, predictions, output, num_imgs)
@@ -2147,37 +2161,19 @@ def _score_all(
         for folder in ("", "masks", "overlays"):
             _remove_leftovers(output / folder)
     scores, drawn, thresholds = list[dict[str, Any]](), dict[int, Predictions](), set[float]()
-    for i, score in enumerate(_score_each(generator, predictions, output)):
+    names = _unique_names([image for image, _ in generator.pairs])
+    lesions = _check_predictions(generator, predictions)
+    score_image = functools.partial(_score_image, generator, output)
+    for i, score in enumerate(_map_ahead(score_image, lesions, generator.pairs, names, ahead=64)):
         drawn[i] = score.pop("prediction")
         thresholds.add(float(drawn[i].threshold))
         scores.append(score)
         worst = {*sorted(drawn, key=lambda k: _shown_score(scores[k])[1])[:num_imgs]}
         drawn = {k: drawn[k] for k in drawn if k < num_imgs or k in worst}
     # Of several folds, some may be too small to fit an estimate.
-    names = [name for name in scores[0] if all(name in score for score in scores)]
-    scores = [{name: score[name] for name in names} for score in scores]
+    shared = [name for name in scores[0] if all(name in score for score in scores)]
+    scores = [{name: score[name] for name in shared} for score in scores]
     return scores, drawn, sorted(thresholds)
-
-
-def _score_each(
-    generator: ImageGenerator, predictions: Iterable[Array], output: Path | None
-) -> Iterator[dict[str, Any]]:
-    """Scores predictions as they arrive, one on each processor; at most 64 wait."""
-    names, size = _unique_names([image for image, _ in generator.pairs]), generator.image_size
-    pool, waiting = ThreadPoolExecutor(os.cpu_count()), deque[Future[dict[str, Any]]]()
-    try:
-        for pair, name, prediction in itertools.zip_longest(generator.pairs, names, predictions):
-            shape = np.shape(prediction)
-            belongs = pair is not None and shape == (*size, 1)
-            _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not "
-                     f"belong to this generator of {len(generator.pairs)} images of {size}: "
-                     "predict with it, and use them once.")
-            waiting.append(pool.submit(_score_image, prediction, pair, name, generator, output))
-            if len(waiting) > 64:
-                yield waiting.popleft().result()
-        yield from (score.result() for score in waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
@@ -2192,10 +2188,9 @@ def _unique_names(paths: Sequence[str]) -> list[str]:
 
 
 def _score_image(
-    prediction: Array, pair: Pair, name: str, generator: ImageGenerator, output: Path | None
+    generator: ImageGenerator, output: Path | None, lesion: Predictions, pair: Pair, name: str
 ) -> dict[str, Any]:
     image_path, mask_path = pair
-    lesion = np.asanyarray(prediction).view(Predictions)
     mask = _threshold(lesion, size := _size_of(image_path))
     scores: dict[str, Any] = {"id": name, "prediction": lesion}
     if mask_path is not None:
