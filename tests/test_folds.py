@@ -138,11 +138,11 @@ def test_several_models_predict_the_mean_of_their_probabilities(make_pairs: Make
     mean = segment.predict(models, generator, verbose=0)
     np.testing.assert_allclose(mean, np.mean(each, axis=0), atol=1e-6)
     assert mean.threshold == pytest.approx(0.45)
-    with pytest.raises(segment.SegmentError, match="The list of models is empty"):
+    with pytest.raises(segment.SegmentError, match="0 models take images of 0 sizes"):
         segment.predict([], generator)
-    with pytest.raises(segment.SegmentError, match=r"images of \(32, 32\) and \(48, 32\)"):
+    with pytest.raises(segment.SegmentError, match=r"2 sizes \(\(32, 32\), \(48, 32\)\)"):
         segment.predict([*models, tiny_network((48, 32))], generator)
-    with pytest.raises(segment.SegmentError, match=r"images of \(32, 32\) and \(48, 32\)"):
+    with pytest.raises(segment.SegmentError, match=r"2 sizes \(\(32, 32\), \(48, 32\)\)"):
         segment.segment_image([*models, tiny_network((48, 32))], images[0])
 
 
