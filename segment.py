@@ -1294,29 +1294,19 @@ def train_model(
     log_path: StrPath | None = None, resume_path: StrPath | None = None, resume: bool = True,
     callbacks: Sequence[keras.callbacks.Callback] = (), verbose: str | int = "auto"
 ) -> keras.callbacks.History:
-    """Trains a new model, or continues to train a trained one.
+    """Trains a new model, or continues to train a trained one; returns the history of `fit`.
 
     An uncompiled model gets Adam, `dice_cross_entropy_loss`, accuracy and Dice. A loaded model
-    keeps its optimizer, and its epochs count on. The learning rate follows half a cosine down to
-    nearly 0. Afterwards, and after an interruption, the model is that of the best epoch: of the
-    highest validation Dice, of the lowest validation loss if Dice is not among the metrics, or the
-    last one if there is no validation.
+    keeps its optimizer, and its epochs count on. The learning rate falls along half a cosine from
+    `learning_rate` to nearly 0. Afterwards, and after an interruption, the model is that of the
+    best epoch: of the highest validation Dice, of the lowest validation loss if Dice is not among
+    the metrics, or the last one if there is no validation.
 
-    Args:
-        model: The model; changed in place.
-        train_generator: Batches to train on.
-        val_generator: Batches to validate on after each epoch, or `None`.
-        epochs: Number of epochs, in addition to those before.
-        learning_rate: That of the first epoch, the highest.
-        save_path: `.keras` file that holds the best epoch so far.
-        split: The split, for the record, with checksums of its files.
-        log_path: CSV file with a row per epoch, those before included.
-        resume_path: `.keras` checkpoint of the last epoch. If it exists, an interrupted training
-            continues from it and ends with the same weights, where the backend is deterministic.
-        resume: Whether to continue from the checkpoint; otherwise it is removed.
-        callbacks: Further Keras callbacks, such as `TensorBoard` or `EarlyStopping`.
-        verbose: As in `keras.Model.fit`, whose `History` is returned. That of all epochs is in the
-            record.
+    The `.keras` file `save_path` always holds the best epoch so far, and the CSV file `log_path` a
+    row per epoch, those before included. The `.keras` file `resume_path` is a checkpoint of the
+    last epoch. If it exists, an interrupted training continues from it and ends with the same
+    weights, where the backend is deterministic; without `resume` it is removed. The record gets
+    the history of all epochs, and the split with checksums of its files. `fit` gets `callbacks`.
     """
     _check_training(model, [train_generator, val_generator], epochs, learning_rate)
     _check_training_files(save_path, resume_path, log_path)
@@ -1635,10 +1625,7 @@ def segment_image(model: Models, image: StrPath | Array, *, threshold: float | N
 
 
 def _threshold(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
-    """Makes a mask of probabilities `(H, W, 1)`; every mask of the project is made here.
-
-    It is that of an image of `size`, made at the resolution `shape`, by default `size`.
-    """
+    """The mask of an image of `size`, at the resolution `shape`; all masks are made here."""
     height, width = shape or size
     inside = Image.fromarray(np.ascontiguousarray(_crop(prediction, size)[..., 0], np.float32))
     lesion = np.asarray(inside.resize((width, height), Image.Resampling.BILINEAR))
@@ -1653,8 +1640,8 @@ def _crop(frame: Array, size: Size) -> Array:
 
 
 def _one_region(margin: Array, mask: Mask) -> Mask:
-    """Keeps the region with the highest sum of margins above the threshold, and fills its holes."""
-    # So a dark, clear lesion outweighs a larger stretch of skin that barely exceeds the threshold.
+    """Keeps the region with the highest sum of margins, and fills its holes."""
+    # A dark, clear lesion outweighs a larger stretch of skin that barely exceeds the threshold.
     regions, count = ndimage.label(mask)
     if count > 1:
         weights = ndimage.sum_labels(margin, regions, range(1, count + 1))
@@ -1718,10 +1705,7 @@ def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
 
 
 def _certainty(prediction: Predictions) -> float:
-    """Soft Dice of mask and probabilities, less a doubt about the outline; 0 for an empty mask.
-
-    The same outline error costs a small lesion more.
-    """
+    """Soft Dice of mask and probabilities, less what its outline may cost a mask of its size."""
     mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
     if not mask.any():
         return 0.0
@@ -1735,10 +1719,8 @@ def estimate_dice(predictions: Array, *, bound: bool = False) -> NDArray[np.floa
 
     It is the soft Dice of the predicted mask and its probabilities, less `OUTLINE_DOUBT /
     sqrt(fraction)` for a mask that covers a fraction of the frame; if `fit_estimate` was used, the
-    Dice expected for this number. It is 0 for an empty mask.
-
-    With `bound` it returns what the Dice is at least, with a probability of 90 % for images like
-    those of the fit; nan without a fit.
+    Dice expected for this number. It is 0 for an empty mask. With `bound` it is what the Dice is at
+    least, with a probability of 90 % for images like those of the fit; nan without a fit.
     """
     lesions = predictions.view(Predictions)
     offset, slope, miss = lesions.estimate or (0.0, 1.0, math.nan)
@@ -1820,21 +1802,16 @@ EXPORTS = {".onnx": "onnx", ".tflite": "litert", "": "tf_saved_model"}  # format
 
 @dataclasses.dataclass
 class ModelRecord:
-    """What a model file holds besides the network, so that evaluation needs nothing else.
+    """What a model file holds besides the network, so that evaluation needs nothing else."""
 
-    `split` has the ids of the images under `"train"`, `"val"` and `"test"`, `history` a value per
-    epoch under `"loss"`, `"val_loss"`, `"accuracy"` and so on, and `origin` how the model was
-    trained: options, versions, checksums of the data.
-    """
-
-    split: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    split: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # ids of each part
     threshold: float = 0.5
     mirror: bool = True
     one_region: bool = True
     estimate: list[float] = dataclasses.field(default_factory=list)  # as fit_estimate returned it
     batch_size: int = 8  # in training
-    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by epoch
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # options, versions, checksums
     geometry: str = "letterbox"  # how images are fitted into the frame
     format: int = RECORD_FORMAT
 
@@ -1853,9 +1830,8 @@ def save_model(
 ) -> None:
     """Saves a model and its record in one `.keras` file, which is never incomplete.
 
-    Split, threshold, mirror, one region and what `fit_estimate` returned go into the record; what
-    is `None` stays as it is there. Without the optimizer, which further training needs, the file is
-    a third as large and computes in float32.
+    Settings that are not `None` change the record. Without the optimizer, which further training
+    needs, the file is a third as large and computes in float32.
     """
     _check_file_to_write(path, ".keras")
     record = model_record(model)
@@ -1963,10 +1939,7 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:
-    """Loads weights and threshold of a model file into a model, which may have another frame.
-
-    Of an average of several models it loads the first.
-    """
+    """Loads weights and threshold of a file, or the first of its models, into any frame."""
     loaded = _load_same_network(path, model)
     model.set_weights(loaded.get_weights())
     model_record(model).threshold = model_record(loaded).threshold
