@@ -2481,10 +2481,8 @@ def plot_history(history: History) -> Figure:
     best = epochs - len(scores) + int(np.argmax(scores)) + 1
     for cell, name in zip(axes, panels, strict=True):
         for key, label in ((name, "Training"), (f"val_{name}", "Validation")):
-            curve = history.get(key, ())
-            first = epochs - len(curve) + 1  # of a curve that began in a later epoch
-            if curve:
-                cell.plot(range(first, epochs + 1), curve, ".-", label=label)
+            if curve := history.get(key):  # which may have begun in a later epoch
+                cell.plot(range(epochs - len(curve) + 1, epochs + 1), curve, ".-", label=label)
         cell.axvline(best, color="gray", ls="--", label=f"Best epoch ({best})")
         cell.set(title=titles[name], xlabel="Epoch")
         cell.xaxis.set_major_locator(MaxNLocator(integer=True))
