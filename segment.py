@@ -1917,12 +1917,9 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
     if RECORD_MEMBER not in archive.namelist():
         return ModelRecord()
     fields = json.loads(archive.read(RECORD_MEMBER))
-    known = fields["format"] <= RECORD_FORMAT and fields["geometry"] == "letterbox"
-    _require(known, f"{path} was written by a newer version (format {fields['format']}, geometry "
+    known = fields["format"] == RECORD_FORMAT and fields["geometry"] == "letterbox"
+    _require(known, f"{path} was written by another version (format {fields['format']}, geometry "
              f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py.")
-    if fields["format"] == 1:  # held file names rather than ids, and settings among the options
-        split = {part: list(map(image_id, names)) for part, names in fields["split"].items()}
-        fields = {**fields.get("origin", {}).get("options", {}), **fields, "split": split}
     defaults = dataclasses.asdict(ModelRecord())
     values = {name: fields.get(name, default) for name, default in defaults.items()}
     curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
@@ -1935,7 +1932,7 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
         and len(values["estimate"]) in (0, 3)
     )  # fmt: skip
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
-    return ModelRecord(**{**values, "format": RECORD_FORMAT})
+    return ModelRecord(**values)
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:

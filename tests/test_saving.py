@@ -157,7 +157,7 @@ def test_a_newer_record_is_refused(tmp_path: Path) -> None:
     small_model().save(tmp_path / "m.keras")
     with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
         archive.writestr("segment.json", json.dumps({"format": 3, "geometry": "letterbox"}))
-    with pytest.raises(segment.SegmentError, match="written by a newer version"):
+    with pytest.raises(segment.SegmentError, match="written by another version"):
         segment.load_model(tmp_path / "m.keras")
 
 
@@ -185,25 +185,9 @@ def test_a_record_of_invalid_values_is_refused_by_load_model(
     with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
         archive.writestr("segment.json", json.dumps({**record, field: value}))
     with pytest.raises(
-        segment.SegmentError, match=r"m\.keras: (not a whole|its segment\.json is not)"
+        segment.SegmentError, match=r"m\.keras.* (not a whole|its segment\.json|written by)"
     ):
         segment.load_model(tmp_path / "m.keras")
-
-
-def test_a_record_of_format_1_is_converted(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {
-        "format": 1, "geometry": "letterbox", "threshold": 0.4, "history": {"loss": [0.5]},
-        "split": {"train": ["ISIC_0000001.jpg"], "val": [], "test": ["a b.png", "c.jpg"]},
-        "origin": {"options": {"mirror": False, "one_region": False, "batch_size": 3}},
-    }  # fmt: skip
-    small_model().save(tmp_path / "m.keras")
-    with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
-        archive.writestr("segment.json", json.dumps(fields))
-    assert segment.model_record(segment.load_model(tmp_path / "m.keras")) == segment.ModelRecord(
-        split={"train": ["ISIC_0000001"], "val": [], "test": ["a b", "c"]}, threshold=0.4,
-        mirror=False, one_region=False, batch_size=3, history={"loss": [0.5]},
-        origin=fields["origin"],
-    )  # fmt: skip
 
 
 @pytest.mark.usefixtures("eager")
