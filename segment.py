@@ -2615,7 +2615,7 @@ def run_driver(
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except (SegmentError, OSError) as error:
-        print(f"Error: {_reason(error)}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -2644,15 +2644,3 @@ def _check_files(options: Any) -> None:
         given = {Path(folder).resolve() for folder in folders}
         _require(not written & given, f"--output {output} would write among the images or masks: "
                  "give a folder of its own.")
-
-
-def _reason(error: Exception) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    try:
-        print(flush=True)
-    except OSError as cause:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes the rest on exit
-        return f"Standard output cannot be written ({cause.strerror})."
-    file = f"{error.filename}: " if error.filename else ""
-    return f"{file}{error.strerror or error}"
