@@ -1676,7 +1676,7 @@ def _measure_dice(
         return dice
 
     _require(generator.mask_paths is not None, NEEDS_MASKS)
-    lesions = _check_predictions(generator, predictions)
+    lesions = _checked(generator, predictions)
     return np.array(list(_map_ahead(measure, lesions, generator.pairs, ahead=64)))
 
 
@@ -2033,14 +2033,11 @@ Properties = Mapping[str, Mapping[str, Any]]  # {id: {property: value}}
 
 def restore_masks(generator: ImageGenerator, predictions: Array) -> Iterator[Mask]:
     """Yields masks of `predictions`, `bool (height, width)` at the original resolution."""
-    lesions = _check_predictions(generator, predictions)
-    for lesion, (path, _) in zip(lesions, generator.pairs, strict=True):
+    for lesion, (path, _) in zip(_checked(generator, predictions), generator.pairs, strict=True):
         yield _threshold(lesion, _size_of(path))
 
 
-def _check_predictions(
-    generator: ImageGenerator, predictions: Iterable[Array]
-) -> Iterator[Predictions]:
+def _checked(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterator[Predictions]:
     """Yields the predictions, and refuses those that another generator gave."""
     _require(not generator.shuffle, "The order of shuffled images is unknown: use shuffle=False.")
     for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
@@ -2124,7 +2121,7 @@ def _score_all(
             _remove_leftovers(output / folder)
     scores, drawn, thresholds = list[dict[str, Any]](), dict[int, Predictions](), set[float]()
     names = _unique_names([image for image, _ in generator.pairs])
-    lesions = _check_predictions(generator, predictions)
+    lesions = _checked(generator, predictions)
     score_image = functools.partial(_score_image, generator, output)
     for i, score in enumerate(_map_ahead(score_image, lesions, generator.pairs, names, ahead=64)):
         drawn[i] = score.pop("prediction")
