@@ -2349,9 +2349,8 @@ def _group(scores: Scores, values: Sequence[Any]) -> dict[str, list[Mapping[str,
 def _report(summary: Mapping[str, Any]) -> str:
     """The printed summary: a table of the scores, the failures, the images to look at first."""
     count, failures = summary["images"], summary.get("failures")
-    verb = "segmented" if failures is None else "scored"
-    lines = [f"{count} images, each {verb} at its original resolution"]
-    lines.append(f"{'':19}       mean     median    p10/p90    min/max   95 % interval")
+    lines = [f"{count} images, each at its original resolution",
+             f"{'':19}       mean     median    p10/p90    min/max   95 % interval"]
     names = (*METRICS, *DISTANCES, "estimated_dice", "dice_lower_bound")
     for name in filter(summary.__contains__, names):
         unit, *worst = (" %", "p90", "max") if name in DISTANCES else ("", "p10", "min")

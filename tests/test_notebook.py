@@ -44,5 +44,5 @@ def test_a_notebook_runs_the_documented_flow_and_shows_its_figures(
         for cell in notebook.cells
     ]
     assert shown == [1, 0, 4, 0]
-    assert "2 images, each scored at its original resolution" in notebook.cells[2].outputs[0].text
+    assert "2 images, each at its original resolution" in notebook.cells[2].outputs[0].text
     assert notebook.cells[3].outputs[0].data["text/plain"] == "(2, True)"

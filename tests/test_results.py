@@ -162,7 +162,7 @@ def test_without_masks_images_are_estimated_and_outlined(
     scores = segment.results(blind, predictions, output_dir=out)
     assert [list(score) for score in scores] == [["id", "estimated_dice"]] * 3
     printed = capsys.readouterr().out
-    assert "3 images, each segmented at its original resolution" in printed
+    assert "3 images, each at its original resolution" in printed
     assert printed.splitlines()[-3].split()[0] == "ISIC_0000001"
     assert {path.name for path in out.iterdir()} == {
         "scores.csv", "summary.json", "masks", "overlays", "predictions.png", "worst.png",
