@@ -38,7 +38,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, help="average the predictions of the four flips (as in training)")
     add("--one-region", action=flag, help="keep one region of each mask (as in training)")
-    add("--threshold", type=float, metavar="P", help="of a lesion (default: that of the model)")
+    add("--threshold", type=float, metavar="P", help="lowest probability of lesion (of the model)")
     add("--output", default="evaluation", metavar="DIR", help="folder of the results (%(default)s)")
     add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
     add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")
@@ -53,7 +53,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--mask-dir came without --image-dir: give both, or none for the sample")
     if options.mask_dir is None and (options.compare or options.metadata):
         parser.error("--compare and --metadata need scores: add --mask-dir")
-    one = len(options.models) == 1 and not Path(options.models[0]).is_dir()
+    one = len(options.models) == 1 and not os.path.isdir(options.models[0])
     if options.mask_dir is None and one and not options.all:
         parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
     return options
@@ -106,14 +106,14 @@ def load_evaluate(options: argparse.Namespace) -> None:
     images, masks, findings = segment.usable_pairs(
         images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
         image_sizes=[frame["image_size"]], cache=cache, findings=unpaired,
-        output_dir=output, verbose=int(sys.stdout.isatty()))
+        output_dir=output, verbose=int(os.isatty(1)))
     ids = list(map(segment.image_id, images))
     others = segment.read_scores(options.compare, ids) if options.compare else ()
     table = segment.read_metadata(options.metadata, ids) if options.metadata else None
     seen = segment.image_ids_seen(models, images) if masks else []
     if seen:
-        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...): their "
-              "scores are not those of a test.", file=sys.stderr)
+        print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...), so "
+              "their scores are not test scores.", file=sys.stderr)
     batch_size = options.batch_size or record.batch_size
     test_generator = segment.create_generator(images, masks or None, batch_size=batch_size, **frame)
     predictions = segment.predict_each(models, test_generator, mirror=options.mirror,
@@ -131,7 +131,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def quiet_startup() -> Iterator[None]:
-    """Hides what TensorFlow prints while it starts, except errors; a missing GPU is none."""
+    """Hides what TensorFlow prints while it starts, except errors; a missing GPU is not one."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     stderr = os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -150,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with quiet_startup():
             import segment
-    except (ImportError, ValueError) as error:  # a ValueError for an unknown backend
-        how = "run pip install -r requirements.txt, and check KERAS_BACKEND"
+    except (ImportError, OSError, ValueError) as error:  # a ValueError for an unknown backend
+        how = "run pip install -r requirements.txt, and check KERAS_BACKEND and TMPDIR"
         print(f"Error: {error}: {how}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

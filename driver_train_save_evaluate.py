@@ -31,10 +31,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
     add("--soft-masks", action="store_true", help="grey levels of masks are probabilities")
     add("--inspect", action="store_true", help="count and plot the image sizes")
-    add("--val-split", type=float, default=0.2, metavar="PART", help="to validate (%(default)s)")
+    add("--val-split", type=float, default=0.2, metavar="PART", help="for validation (%(default)s)")
     add("--val-dir", metavar="DIR", help="images to validate on, instead of a drawn part")
     add("--val-masks", metavar="DIR", help="their masks")
-    add("--test-split", type=float, metavar="PART", help="to test (0.03; sample: 0.2)")
+    add("--test-split", type=float, metavar="PART", help="for testing (0.03; sample: 0.2)")
     add("--folds", type=positive_int, metavar="K", help="cross-validate: K models test all images")
     add("--cache", metavar="DIR", help="keep decoded images here (default: 2 GiB of memory)")
     add = parser.add_argument_group("training").add_argument
@@ -42,7 +42,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="frame of the network, divisible by 16 (96 128; sample: 128 128)")
     add("--batch-size", type=positive_int, metavar="N", help="images per batch (8; sample: 4)")
     add("--epochs", type=positive_int, metavar="N", help="training epochs (60; sample: 20)")
-    add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="highest (%(default)s)")
+    add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="initial (%(default)s)")
     add("--seed", type=non_negative_int, default=0, help="of split, weights, batches (0)")
     add("--deterministic", action="store_true", help="give the same model for the same seed")
     add("--bfloat16", action="store_true", help="compute in bfloat16, faster on recent processors")
@@ -55,14 +55,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, default=True, help="average the predictions of the four flips")
     add("--one-region", action=flag, default=True, help="keep one region of a mask, without holes")
-    add("--threshold", type=float, metavar="P", help="of a lesion (default: chosen by validation)")
+    add("--threshold", type=float, metavar="P", help="lowest probability of lesion (chosen)")
     add("--output", default="output", metavar="DIR", help="folder of the results (%(default)s)")
     add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
     add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")
     add("--num-imgs", type=non_negative_int, default=4, metavar="N", help="images to plot (4)")
     options = parser.parse_args(arguments)
-    folder = Path(options.image_dir or SAMPLE / "input").resolve()
-    parser.set_defaults(**(ON_SAMPLE if folder == (SAMPLE / "input").resolve() else ON_ISIC))
+    folder, sample = options.image_dir or SAMPLE / "input", os.path.realpath(SAMPLE / "input")
+    parser.set_defaults(**(ON_SAMPLE if os.path.realpath(folder) == sample else ON_ISIC))
     if options.image_dir is None and options.mask_dir is None:
         parser.set_defaults(image_dir=str(SAMPLE / "input"), mask_dir=str(SAMPLE / "truth"))
     options = parser.parse_args(arguments)
@@ -83,6 +83,8 @@ def wrong_options(options: argparse.Namespace) -> Iterator[str]:
         yield f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices"
     if options.resume and SEVERAL_HOSTS in os.environ:
         yield "--resume continues a training on one host only"
+    if options.folds and Path(options.output, f"fold{options.folds + 1}").exists():
+        yield f"--output {options.output} holds more folds, of another run: give a new folder"
     if options.folds and options.save:
         yield "--folds saves a model for each fold: leave out --save"
     if options.save and not options.save.endswith(".keras"):
@@ -121,7 +123,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         images, masks, findings = segment.usable_pairs(
             images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
             training=True, image_sizes=[twice, (height, width)], cache=cache, findings=findings,
-            output_dir=output, verbose=int(sys.stdout.isatty()))
+            output_dir=output, verbose=int(os.isatty(1)))
         sets.append((images, masks))
         print(f"{len(images)} pairs in {image_dir}")
     (images, masks), *validation = sets
@@ -210,7 +212,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def quiet_startup() -> Iterator[None]:
-    """Hides what TensorFlow prints while it starts, except errors; a missing GPU is none."""
+    """Hides what TensorFlow prints while it starts, except errors; a missing GPU is not one."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     stderr = os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -229,8 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with quiet_startup():
             import segment
-    except (ImportError, ValueError) as error:  # a ValueError for an unknown backend
-        how = "run pip install -r requirements.txt, and check KERAS_BACKEND"
+    except (ImportError, OSError, ValueError) as error:  # a ValueError for an unknown backend
+        how = "run pip install -r requirements.txt, and check KERAS_BACKEND and TMPDIR"
         print(f"Error: {error}: {how}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,7 +16,8 @@ Glossary, valid for every function:
 - `image_paths`, `mask_paths`: files in the same order, one mask for each image.
 - Image: `uint8 (height, width, 3)`, RGB in 0..255. Mask: `uint8 (height, width, 1)`, 1 for lesion
   and 0 elsewhere; its file holds 0 and 255, or 0 and 1.
-- Pair: an image and its mask, of 0 and 255 unless soft, in one array, `uint8 (height, width, 4)`.
+- Pair: an image and its mask; decoded, one array, `uint8 (height, width, 4)`, the mask being 0 and
+  255 unless soft.
 - Soft masks: grey levels from 0 to 255 are the probability of lesion, such as the mean of several
   experts. Networks learn them as they are; for scores they are thresholded at half.
 - `image_size`: `(height, width)` in pixels of the frame in which the network sees an image. The
@@ -24,16 +25,16 @@ Glossary, valid for every function:
 - `cache`: the `PairCache` in which decoded pairs are found and kept.
 - `skip_bad`: leave out what cannot be used rather than raise an error.
 - Probabilities: `float32 (N, height, width, 1)` in 0..1, in the order of the images.
-- Threshold: the probability from which a pixel is lesion, between 0 and 1.
+- Threshold: the lowest probability that counts as lesion, in (0, 1).
 - Mirror: average the predictions of the four flips of an image (test-time augmentation).
-- One region: keep one region of each mask, without holes, as ISIC masks are: the most certain one.
+- One region: keep only the most certain region of a mask and fill its holes, as in ISIC masks.
 - Scores: in 0..1, of one image at its original resolution. A Jaccard below 0.65 is a failure.
 - Record: what a model file holds besides the network (`model_record`).
 - Split: `(train, val, test)`, each `(image_paths, mask_paths)`.
 - `verbose`: 1 for a progress bar, 0 for none.
 
-Input that cannot be used raises a `SegmentError`, whose sentence says what was received, what was
-expected and what to do. Keras computes with TensorFlow, or with what `KERAS_BACKEND` says.
+Files and values that cannot be used raise a `SegmentError`, which says what was received, what was
+expected and what to do. Keras uses TensorFlow unless `KERAS_BACKEND` names another backend.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class Finding(NamedTuple):
 
 
 def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = False) -> Pairs:
-    """Finds the images of a folder and its subfolders and the mask of each, sorted by id.
+    """Returns `(image_paths, mask_paths)` of a folder and its subfolders, sorted by id.
 
     Takes the folders of ISIC 2016 to 2018, HAM10000 and PH2 as they are unpacked, and any others in
     which image and mask share a stem. A mask's name may end in `MASK_NAME`, as `_segmentation`; if
@@ -341,8 +342,8 @@ def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
 def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
     """Returns the box `(top, left, height, width)` in pixels of an image inside a frame.
 
-    This is the only geometry of the project: loading resizes an image of `size` to the box, and
-    `restore_masks` crops the box and resizes it to the image.
+    Loading resizes an image of `size` to the box, and `restore_masks` crops the box and resizes it
+    to the image.
     """
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
@@ -358,7 +359,7 @@ def load_input_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDA
 
 
 def load_segmented_image(path: StrPath, image_size: Size | None = IMAGE_SIZE) -> NDArray[np.uint8]:
-    """Loads a mask into a frame as its image is, or with `None` at its original resolution.
+    """Loads a mask into a frame like its image, or with `None` at its original resolution.
 
     A pixel is lesion where at least half of its area is. A JPEG may be only nearly 0 and 255.
     """
@@ -637,11 +638,12 @@ def check_pairs(
 ) -> list[Finding]:
     """Checks every file before a training that would fail on it an hour later.
 
-    Errors are files that cannot be read, masks neither of two values nor soft, and masks of another
-    size than their image. Warnings are an unexpected format or mode, further pages, duplicates,
-    masks that may lie turned, hold unusual values or were resized, and those that are empty, full,
-    probably inverted, of several regions or with holes, as seen in the first of the frames in which
-    the pairs are kept. Errors come first; of a pair with errors, the first one is returned.
+    Errors are files that cannot be read, masks neither of two values nor with soft edges, and masks
+    of another size than their image. Warnings are an unexpected format or mode, further pages,
+    duplicates, masks that may lie turned, hold unusual values or were resized, and those that are
+    empty, full, probably inverted, of several regions or with holes, as seen in the first of the
+    frames in which the pairs are kept. Errors come first; of a pair with errors, the first one is
+    returned.
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     sizes, cache = [_check_image_size(size) for size in image_sizes], cache or PairCache(0)
@@ -787,6 +789,7 @@ def find_same_lesions(
     reverses samples on circles around the centre, but keeps the magnitudes of their Fourier
     coefficients. Nearest neighbours by magnitude are compared by the highest correlation over all
     rotations. An image similar to more than four others has a common shape and belongs to no group.
+    Soft or resized masks need the `cache` that reads them.
     """
     lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     return [[image for image, _ in lesion] for lesion in lesions if len(lesion) > 1]
@@ -800,6 +803,10 @@ def _group_lesions(pairs: list[Pair], image_size: Size, cache: PairCache | None)
     with ThreadPoolExecutor() as pool:
         sign = functools.partial(_lesion_signature, size, cache)
         signatures = np.stack(list(pool.map(sign, pairs)))
+    unread = [pair[0] for pair, found in zip(pairs, signatures, strict=True) if not found.any()]
+    if unread:
+        warnings.warn(f"{len(unread)} pairs are blank or cannot be read ({_shorten(unread)}): "
+                      "their lesions are not grouped.", stacklevel=3)
     magnitudes = np.abs(signatures).reshape(len(pairs), -1)
     search = NearestNeighbors(n_neighbors=min(8, len(pairs) - 1), algorithm="brute")
     links = search.fit(magnitudes).kneighbors_graph()  # sparse, (pairs, pairs)
@@ -852,10 +859,10 @@ def train_val_test_split(
 ) -> tuple[Pairs, Pairs, Pairs]:
     """Splits pairs at random, the same way for the same seed, each pair into exactly one set.
 
-    `test_split` of all pairs test, and `val_split` of the rest validate, both fractions in [0, 1):
-    with the defaults 2594 pairs become 2014, 503 and 77. Counts are rounded down, but a fraction
-    above 0 gets at least one lesion. The images that `find_same_lesions` groups stay together; a
-    set that this keeps from its size is a warning.
+    `test_split` is the test fraction of all pairs, `val_split` the validation fraction of the rest,
+    both in [0, 1): with the defaults 2594 pairs become 2014, 503 and 77. Counts are rounded down,
+    but a fraction above 0 gets at least one lesion. The images that `find_same_lesions` groups stay
+    together; if this changes the size of a set, a warning says so.
     """
     _check_seed(seed)
     lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
@@ -870,8 +877,8 @@ def cross_validation_splits(
 ) -> list[tuple[Pairs, Pairs, Pairs]]:
     """Returns a split for each fold, so that every pair is in the test set of exactly one.
 
-    `val_split` of the other pairs validate. The images that `find_same_lesions` groups stay
-    together. The test sets have the same number of lesions, give or take one.
+    `val_split` is the validation fraction of the other pairs. The images that `find_same_lesions`
+    groups stay together. The test sets have the same number of lesions, give or take one.
     """
     lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     _check_seed(seed)
@@ -1049,17 +1056,17 @@ def _random_colors(rng: np.random.Generator) -> list[int]:
     return [int(level) for level in (255 * table).clip(0, 255).round().ravel()]
 
 
-# --- 5. Model: the improved UNet of Isensee et al. 2017, in two dimensions --------------------
+# --- 5. Model: the improved UNet of Isensee et al. 2018, in two dimensions --------------------
 
 def create_model(
     image_size: Size = IMAGE_SIZE, *, num_filters: int = 16, dropout: float = 0.3,
     bfloat16: bool = False
 ) -> keras.Model:
-    """Creates the improved UNet, uncompiled (Isensee et al. 2017, arXiv:1802.10508).
+    """Creates the improved UNet, uncompiled (Isensee et al. 2018, arXiv:1802.10508).
 
-    It maps images, `uint8` or float in 0..255, to probabilities. Five levels of pre-activation
-    residual context modules lead down, localization modules up; the lesion maps of the three finest
-    levels are summed. With the defaults it has 3,188,435 parameters.
+    It maps images, `uint8` or float in 0..255, to probabilities. The encoder has five levels of
+    pre-activation residual context modules, the decoder localization modules; the lesion maps of
+    the three finest levels are summed. With the defaults it has 3,188,435 parameters.
 
     Args:
         image_size: Frame of the network, divisible by 16.
@@ -1209,9 +1216,9 @@ def _pixel_accuracy(y_true: Tensor, y_pred: Tensor) -> Tensor:
 def dice_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """Soft Dice loss of each image, `float32 (N,)` in 0..1.
 
-    One pixel is added to numerator and denominator of the loss of Milletari et al. 2016
-    (arXiv:1606.04797). So the loss of an empty mask falls to 0 as the prediction empties. That of a
-    soft mask is lowest where both are equal (Wang et al. 2023, arXiv:2303.16296).
+    As in Milletari et al. 2016 (arXiv:1606.04797), but without squares, and with one pixel added to
+    numerator and denominator. So the loss of an empty mask falls to 0 as the prediction empties.
+    That of a soft mask is lowest where both are equal (Wang et al. 2023, arXiv:2303.16296).
     """
     intersection, total = _overlap(y_true, y_pred)
     return 1 - (2 * intersection + 1) / (total + 1)
@@ -1294,19 +1301,31 @@ def train_model(
     log_path: StrPath | None = None, resume_path: StrPath | None = None, resume: bool = True,
     callbacks: Sequence[keras.callbacks.Callback] = (), verbose: str | int = "auto"
 ) -> keras.callbacks.History:
-    """Trains a new model, or continues to train a trained one; returns the history of `fit`.
+    """Trains a new model, or continues to train a trained one.
 
     An uncompiled model gets Adam, `dice_cross_entropy_loss`, accuracy and Dice. A loaded model
-    keeps its optimizer, and its epochs count on. The learning rate falls along half a cosine from
-    `learning_rate` to nearly 0. Afterwards, and after an interruption, the model is that of the
-    best epoch: of the highest validation Dice, of the lowest validation loss if Dice is not among
-    the metrics, or the last one if there is no validation.
+    keeps its optimizer, and its epoch count continues. Afterwards, and after an interruption, the
+    model is that of the best epoch: of the highest validation Dice, of the lowest validation loss
+    if Dice is not among the metrics, or the last one if there is no validation.
 
-    The `.keras` file `save_path` always holds the best epoch so far, and the CSV file `log_path` a
-    row per epoch, those before included. The `.keras` file `resume_path` is a checkpoint of the
-    last epoch. If it exists, an interrupted training continues from it and ends with the same
-    weights, where the backend is deterministic; without `resume` it is removed. The record gets
-    the history of all epochs, and the split with checksums of its files. `fit` gets `callbacks`.
+    Args:
+        model: The model; changed in place.
+        train_generator: Batches to train on.
+        val_generator: Batches to validate on after each epoch, or `None`.
+        epochs: Number of epochs to add to those of the model, those of the checkpoint included.
+        learning_rate: Start of half a cosine over all epochs, those before included, to nearly 0.
+        save_path: `.keras` file that always holds the best epoch so far.
+        split: The split, for the record, with checksums of its files.
+        log_path: CSV file with a row per epoch, those before included.
+        resume_path: `.keras` checkpoint of the last epoch. If it exists, an interrupted training
+            continues from it and ends with the same weights, where the backend is deterministic.
+        resume: Whether to continue from the checkpoint; otherwise it is removed.
+        callbacks: Further Keras callbacks, such as `TensorBoard` or `EarlyStopping`; the cosine
+            overrides `ReduceLROnPlateau`.
+        verbose: As in `keras.Model.fit`.
+
+    Returns:
+        The `History` of these epochs; the record has that of all.
     """
     _check_training(model, [train_generator, val_generator], epochs, learning_rate)
     _check_training_files(save_path, resume_path, log_path)
@@ -1336,6 +1355,9 @@ def train_model(
 
 
 def _check_training(model: keras.Model, generators: list[Any], epochs: int, rate: float) -> None:
+    trains = keras.backend.backend() in ("tensorflow", "jax", "torch")
+    _require(trains, f"Keras cannot train with {keras.backend.backend()}: set KERAS_BACKEND to "
+             "tensorflow, jax or torch.")
     _require(epochs >= 1, f"epochs is {epochs}: expected 1 or more.")
     _require(0 < rate < math.inf, f"learning_rate is {rate}: expected a number above 0.")
     for generator in generators:
@@ -1371,7 +1393,9 @@ def _record_training(
     versions = {"numpy": np.__version__, "pillow": PIL.__version__}  # Keras names its own
     record.origin |= {"learning_rate": learning_rate, "device": describe_device(), **versions}
     if isinstance(generator, ImageGenerator):
-        record.origin["seed"], record.batch_size = generator.seed, generator.batch_size
+        record.batch_size = int(generator.batch_size)
+        record.origin |= {"seed": generator.seed, "image_size": list(generator.image_size),
+                          "soft_masks": generator.cache.soft_masks}
     record.estimate = []  # of other weights
     if split is not None:
         counts = Counter(os.path.realpath(image) for images, _ in split for image in images)
@@ -1396,21 +1420,29 @@ def _resume(
     if path is None or not Path(path).exists():
         return None
     before, record = model_record(_load_same_network(path, model)), model_record(model)
-    facts = ("batch_size", "learning_rate", "seed", "sha256_of_images", "sha256_of_masks", "split")
-    old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
-    known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]
-    changed = [fact for fact in known if old[fact] != new[fact]]
-    _require(not changed, f"{path} is the checkpoint of a training with another "
-             f"{_shorten(changed)}: give its images and options, or start from scratch.")
+    _check_same_training(path, before, record)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     before.origin |= record.origin
     model.record = before
     if best_path is None:
         return None
-    scores = _epoch_scores(model_record(load_model(best_path)).history)
-    _require(bool(scores), f"{best_path} does not belong to {path}: start anew.")
+    best = model_record(load_model(best_path)) if Path(best_path).exists() else ModelRecord()
+    scores = _epoch_scores(best.history)
+    _require(bool(scores), f"{best_path} does not hold the best epoch of the training in {path}: "
+             "give the file that does, or start from scratch.")
+    _check_same_training(best_path, best, before)
     return max(scores)
+
+
+def _check_same_training(path: StrPath, before: ModelRecord, record: ModelRecord) -> None:
+    facts = ("batch_size", "image_size", "learning_rate", "seed", "sha256_of_images",
+             "sha256_of_masks", "soft_masks", "split")
+    old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
+    known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]
+    changed = [fact for fact in known if old[fact] != new[fact]]
+    _require(not changed, f"{path} belongs to a training with another {_shorten(changed)}: give "
+             "its images and options, or start from scratch.")
 
 
 class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
@@ -1497,7 +1529,7 @@ def _check_threshold(threshold: float) -> float:
 
 
 def predict(model: Models, generator: ImageGenerator, **settings: Any) -> Predictions:
-    """Predicts every image of a generator with the settings of `predict_each`."""
+    """Returns the probabilities of all images of a generator; `settings` as in `predict_each`."""
     first, *others = predict_each(model, generator, **settings)
     return _remember(np.stack([first, *others]), first)
 
@@ -1509,9 +1541,9 @@ def predict_each(
     """Yields `float32 (height, width, 1)` for each image, in their order and not augmented.
 
     Several models yield the mean of their probabilities, which is uncertain where they disagree. A
-    setting that is `None` is that of the record; of several models the mean. The probabilities
-    remember threshold, one region and estimate for `results` and `restore_masks`. A batch is
-    predicted while the next one loads.
+    setting that is `None` comes from the record; several models have the mean of their thresholds
+    and estimates, and the rest of the first. The probabilities remember threshold, one region and
+    estimate for `results` and `restore_masks`. A batch is predicted while the next one loads.
     """
     models, record = _settings(model, mirror=mirror, one_region=one_region, threshold=threshold)
     _check_frame(models[0], generator)
@@ -1579,9 +1611,9 @@ def _predict_batch(
 def average_models(models: Sequence[keras.Model]) -> keras.Model:
     """Makes one network of several, with the mean of their probabilities, to save or export it.
 
-    They share the four flips, so two models take the time of one with `mirror`, which the record of
-    the new one switches off. Threshold and estimate are the mean of theirs. An image that one of
-    them was trained or validated on counts as such; only what all held out is the test set.
+    They share the four flips, so two or four models take the time of one with `mirror`, which the
+    record of the new one switches off. Threshold and estimate are the mean of theirs. An image that
+    one of them was trained or validated on counts as such; only what all held out is the test set.
     """
     models, record = _settings(models, mirror=False)
     records = list(map(model_record, models))
@@ -1602,22 +1634,24 @@ def average_models(models: Sequence[keras.Model]) -> keras.Model:
     return model
 
 
-def segment_image(model: Models, image: StrPath | Array, *, threshold: float | None = None) -> Mask:
+def segment_image(model: Models, image: Any, *, threshold: float | None = None) -> Mask:
     """Segments one photograph of any size: returns its mask, `bool (height, width)`.
 
-    `image` is a path, or `uint8 (height, width, 3)` in RGB. All is done as in the load driver, with
-    the settings of the record. The first call compiles the network, further calls only run it.
+    `image` is a path, or `uint8 (height, width, 3)` in RGB, as an array or a Pillow image. All is
+    done as in the load driver, with the settings of the record. The first call compiles the
+    network, further calls only run it.
     """
     models, record = _settings(model, threshold=threshold)
     frame = models[0].input_shape[1:3]
-    if isinstance(image, np.ndarray):
+    if isinstance(image, str | os.PathLike):
+        size, (fitted,) = _size_of(image), _decode(image, [frame], mask=False)
+    else:
+        image = np.asarray(image)
         rgb = image.ndim == 3 and image.shape[2] == 3 and image.size > 0
         _require(rgb and image.dtype == np.uint8, f"The image is {image.dtype} {image.shape}: "
                  "expected uint8 (height, width, 3) in RGB, or the path of a file.")
         size = image.shape[:2]
         fitted = np.asarray(_fit(Image.fromarray(image), size, frame))
-    else:
-        size, (fitted,) = _size_of(image), _decode(image, [frame], mask=False)
     (lesion,) = _predict_batch(models, fitted[None], record.mirror)
     return _threshold(_remember(lesion, record), size)
 
@@ -1647,7 +1681,7 @@ def _one_region(margin: Array, mask: Mask) -> Mask:
     return _fill_holes(mask)
 
 
-def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
+def choose_threshold(generator: ImageGenerator, predictions: Iterable[Array]) -> float:
     """Chooses the threshold with the highest mean Dice, for `save_model`.
 
     Takes images and masks that the model was not trained on, and what `predict` returned for them.
@@ -1660,7 +1694,7 @@ def choose_threshold(generator: ImageGenerator, predictions: Array) -> float:
 
 
 def _measure_dice(
-    generator: ImageGenerator, predictions: Array, thresholds: Sequence[float]
+    generator: ImageGenerator, predictions: Iterable[Array], thresholds: Sequence[float]
 ) -> NDArray[np.float64]:
     """The Dice of each image at each threshold, `(N, thresholds)`."""
     def measure(lesion: Predictions, pair: Pair) -> list[float]:
@@ -1680,17 +1714,17 @@ def _measure_dice(
     return np.array(list(_map_ahead(measure, lesions, generator.pairs, ahead=64)))
 
 
-def fit_estimate(generator: ImageGenerator, predictions: Array) -> list[float]:
+def fit_estimate(generator: ImageGenerator, predictions: Iterable[Array]) -> list[float]:
     """Fits `estimate_dice` and its lower bound, for `save_model`.
 
     Takes images and masks that the model was not trained on, and what `predict` returned for them.
     A line is fitted to the Dice of one half of the images. The other half sets the bound, by split
     conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that it holds for 90 % of further
     images of the same kind. Fewer than 100 images are too few: the list is empty, and the estimate
-    that of a new model.
+    that of a new model. Set `predictions.threshold` to the chosen threshold before.
     """
-    lesions = predictions.view(Predictions)
-    dice = _measure_dice(generator, lesions, [lesions.threshold])[:, 0]
+    lesions = list(_checked(generator, predictions))
+    dice = _measure_dice(generator, lesions, [lesions[0].threshold])[:, 0]
     if len(dice) < 100:
         return []
     certainty = np.array(list(map(_certainty, lesions)))
@@ -1712,7 +1746,7 @@ def _certainty(prediction: Predictions) -> float:
     return max(0.0, float(soft) - OUTLINE_DOUBT / math.sqrt(mask.mean()))
 
 
-def estimate_dice(predictions: Array, *, bound: bool = False) -> NDArray[np.float64]:
+def estimate_dice(predictions: Iterable[Array], *, bound: bool = False) -> NDArray[np.float64]:
     """Estimates the Dice coefficient of each image without its mask, `float64 (N,)` in 0..1.
 
     It is the soft Dice of the predicted mask and its probabilities, less `OUTLINE_DOUBT /
@@ -1720,8 +1754,8 @@ def estimate_dice(predictions: Array, *, bound: bool = False) -> NDArray[np.floa
     Dice expected for this number. It is 0 for an empty mask. With `bound` it is what the Dice is at
     least, with a probability of 90 % for images like those of the fit; nan without a fit.
     """
-    lesions = predictions.view(Predictions)
-    offset, slope, miss = lesions.estimate or (0.0, 1.0, math.nan)
+    lesions = [np.asanyarray(lesion).view(Predictions) for lesion in predictions]
+    offset, slope, miss = lesions[0].estimate or (0.0, 1.0, math.nan)
     certainty = np.array(list(map(_certainty, lesions)))
     estimates = np.where(certainty > 0, offset + slope * certainty, 0).clip(0, 1)
     return (estimates - miss * (DOUBT + 1 - estimates)).clip(0, 1) if bound else estimates
@@ -1828,20 +1862,23 @@ def save_model(
 ) -> None:
     """Saves a model and its record in one `.keras` file, which is never incomplete.
 
-    Settings that are not `None` change the record. Without the optimizer, which further training
-    needs, the file is a third as large and computes in float32.
+    Settings that are not `None` change the record. Without the optimizer, the file is a third as
+    large and computes in float32, and further training starts with a new optimizer.
     """
     _check_file_to_write(path, ".keras")
+    fitted = estimate is None or len(estimate) in (0, 3)
+    _require(fitted, f"estimate is {estimate}: expected what fit_estimate returned.")
     record = model_record(model)
     record.split = record.split if split is None else _split_ids(split)
     record.threshold = record.threshold if threshold is None else _check_threshold(threshold)
-    record.mirror = record.mirror if mirror is None else mirror
-    record.one_region = record.one_region if one_region is None else one_region
+    record.mirror = record.mirror if mirror is None else bool(mirror)
+    record.one_region = record.one_region if one_region is None else bool(one_region)
     record.estimate = record.estimate if estimate is None else list(map(float, estimate))
     with _written_whole(path) as temporary:
         (model if optimizer else _recast(model, "float32")).save(temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(RECORD_MEMBER, json.dumps(dataclasses.asdict(record), indent=1))
+            fields = dataclasses.asdict(record)  # with options that may be numbers of NumPy
+            archive.writestr(RECORD_MEMBER, json.dumps(fields, indent=1, default=np.generic.item))
 
 
 def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> keras.Model:
@@ -1872,6 +1909,7 @@ def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> 
         reason = str(error).strip().split("\n")[0]
         raise SegmentError(f"{path}: not a whole, safe Keras 3 model file ({reason}).") from error
     fits = shapes[0][3:] == (3,) and shapes[1] == (*shapes[0][:3], 1) and None not in shapes[0][1:]
+    fits = fits and hasattr(model.output, "shape")  # unlike a dictionary
     _require(fits, f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
              "(None, height, width, 1), as create_model makes it.")
     if not bfloat16 and (bfloat16 is False or not _native_bfloat16()):
@@ -1926,7 +1964,7 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
         and all(isinstance(id_, str) for id_ in ids)
         and all(isinstance(x, float) for curve in (*curves, values["estimate"]) for x in curve)
         and all(0 < len(curve) <= len(values["history"]["loss"]) for curve in curves)
-        and 0 < values["threshold"] < 1 and values["batch_size"] in range(1, 2**16)
+        and 0 < values["threshold"] < 1 and values["batch_size"] in range(1, 2**32)
         and len(values["estimate"]) in (0, 3)
     )  # fmt: skip
     _require(valid, f"{path}: its {RECORD_MEMBER} is not as save_model writes it: do not trust it.")
@@ -1944,11 +1982,13 @@ def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> 
     """Exports to ONNX (`.onnx`), LiteRT (`.tflite`) or a SavedModel (no suffix), in float32.
 
     With `mirror` it averages the flips. A `segment.json` in the ONNX metadata, the folder, or the
-    zip archive that a `.tflite` also is, says how to use it. An error above 0.02 is refused.
+    zip archive that a `.tflite` also is, says how to use it. A file that differs from the model by
+    more than 0.02 is refused.
     """
     path, kind, backend = Path(path), EXPORTS.get(Path(path).suffix), keras.backend.backend()
-    _require(kind is not None and backend == "tensorflow", f"{path} cannot be exported by {backend}"
-             ": give .onnx, .tflite or no suffix (SavedModel), and set KERAS_BACKEND=tensorflow.")
+    _require(kind is not None, f"{path}: expected .onnx, .tflite or no suffix (SavedModel).")
+    _require(backend == "tensorflow", f"{path} cannot be exported by {backend}: set "
+             "KERAS_BACKEND=tensorflow.")
     needed = ("onnx", "onnxruntime", "tf2onnx") if kind == "onnx" else ()
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     _require(not missing, f"{path} needs {_shorten(missing)}: run pip install {' '.join(needed)}.")
@@ -2001,6 +2041,7 @@ def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
 
 
 def _split_ids(split: Sequence[Pairs]) -> dict[str, list[str]]:
+    _require(len(split) == 3, f"The split has {len(split)} parts: expected (train, val, test).")
     parts = zip(("train", "val", "test"), split, strict=True)
     return {name: [image_id(image) for image in images] for name, (images, _) in parts}
 
@@ -2031,7 +2072,7 @@ History = Mapping[str, Sequence[float]]  # the learning curves of a record
 Properties = Mapping[str, Mapping[str, Any]]  # {id: {property: value}}
 
 
-def restore_masks(generator: ImageGenerator, predictions: Array) -> Iterator[Mask]:
+def restore_masks(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterator[Mask]:
     """Yields masks of `predictions`, `bool (height, width)` at the original resolution."""
     for lesion, (path, _) in zip(_checked(generator, predictions), generator.pairs, strict=True):
         yield _threshold(lesion, _size_of(path))
@@ -2039,10 +2080,12 @@ def restore_masks(generator: ImageGenerator, predictions: Array) -> Iterator[Mas
 
 def _checked(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterator[Predictions]:
     """Yields the predictions, and refuses those that another generator gave."""
+    many = len(predictions) if isinstance(predictions, Sequence | np.ndarray) else None
     _require(not generator.shuffle, "The order of shuffled images is unknown: use shuffle=False.")
     for pair, prediction in itertools.zip_longest(generator.pairs, predictions):
         shape = np.shape(prediction)
         belongs = pair is not None and shape == (*generator.image_size, 1)
+        belongs = belongs and many in (None, len(generator.pairs))
         _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not belong"
                  f" to this generator of {len(generator.pairs)} images of {generator.image_size}: "
                  "predict with it, and use them once.")
@@ -2050,8 +2093,8 @@ def _checked(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterato
 
 
 def results(
-    test_generator: ImageGenerator, predictions: Array | Iterator[Array], *, num_imgs: int = 4,
-    history: History | None = None, output_dir: StrPath | None = None,
+    test_generator: ImageGenerator, predictions: Iterable[Array], *, num_imgs: int = 4,
+    history: Any = None, output_dir: StrPath | None = None,
     notes: Mapping[str, Any] | None = None, findings: Sequence[Finding] = (),
     compare: Scores = (), metadata: Properties | None = None
 ) -> list[dict[str, Any]]:
@@ -2063,9 +2106,11 @@ def results(
 
     Args:
         test_generator: The images, not shuffled, with or without masks.
-        predictions: What `predict` or `predict_each` returned.
+        predictions: What `predict` or `predict_each` returned. Of folds, an iterator over all; a
+            plain array is thresholded at 0.5.
         num_imgs: Number of images in each of the two figures.
-        history: `model_record(model).history`, for the learning curves.
+        history: `model_record(model).history`, for the learning curves, or what `train_model`
+            returned.
         output_dir: Folder for `scores.csv` (a row per image, full precision), `summary.json`, the
             figures (PNG), `report.html` and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
@@ -2080,6 +2125,7 @@ def results(
     """
     _require(not (compare or metadata) or test_generator.mask_paths is not None, NEEDS_MASKS)
     output = None if output_dir is None else Path(output_dir)
+    history = getattr(history, "history", history)
     scores, drawn, thresholds = _score_all(test_generator, predictions, output, num_imgs)
     thumbnails = [score.pop("thumbnail", "") for score in scores]
     threshold = thresholds if len(thresholds) > 1 else thresholds[0]  # of several folds
@@ -2136,14 +2182,18 @@ def _score_all(
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
-    """Names images by id; where images share one, by stem, by file name, or by path."""
+    """Names images by id; where images share one, by stem, by file name, by path, by number."""
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = list(map(image_id, paths))
     stems, files = [Path(path).stem for path in paths], [Path(path).name for path in paths]
     for longer in (stems, files, [os.path.relpath(path, root) for path in paths]):
         counts = Counter(names)
         names = [other if counts[n] > 1 else n for n, other in zip(names, longer, strict=True)]
-    return [re.sub(r"[/\\]", "_", name) for name in names]
+    # File systems allow 255 bytes, of which masks and temporary files need some.
+    names = [name.encode()[-200:].decode(errors="ignore") for name in names]
+    names = [re.sub(r"[/\\]", "_", name) for name in names]
+    counts = Counter(name for name, _ in {*zip(names, paths, strict=True)})
+    return [f"{name}_{i}" if counts[name] > 1 else name for i, name in enumerate(names, 1)]
 
 
 def _score_image(
@@ -2289,17 +2339,21 @@ def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            delimiter = max(",;\t", key=file.readline().count)
-            file.seek(0)
-            table = csv.DictReader(file, restval="", delimiter=delimiter)
-            rows = [{key: cell for key, cell in row.items() if key} for row in table]
+            lines = [line for line in file if line.strip() and not line.startswith("sep=")]
+        delimiter = max(",;\t|", key="".join(lines[:1]).count)
+        table = csv.DictReader(lines, restval="", delimiter=delimiter, skipinitialspace=True)
+        rows = [{key: cell for key, cell in row.items() if key} for row in table]
     except (OSError, ValueError, csv.Error) as error:
-        raise SegmentError(f"{path}: expected a CSV file with a header ({error}).") from error
+        what = f"{path}: expected a CSV file in UTF-8 with a header"
+        raise SegmentError(f"{what} ({error}).") from error
     ids, best = set(ids), dict[str, dict[str, str]]()
-    for column in rows[0] if rows else ():
-        others = {image_id(row.pop(column)): row for row in map(dict, rows)}
+    columns = rows[0] if rows else ()  # of two that fit equally, the one called image
+    for column in sorted(columns, key=lambda name: not re.search("(?i)image|isic", name)):
+        others = {image_id(row.pop(column).strip().replace("\\", "/")): row
+                  for row in map(dict, rows)}
         best = max(best, {id_: others[id_] for id_ in ids & {*others}}, key=len)
-    _require(bool(best), f"{path}: no column holds the id of one of these {len(ids)} images.")
+    _require(any(best.values()), f"{path}: no column holds the id of one of these {len(ids)} "
+             "images, beside columns about them.")
     if len(best) < len(ids):
         what = f"{len(ids) - len(best)} of {len(ids)} images have no row"
         warnings.warn(f"{path}: {what} ({_shorten(sorted(ids - {*best}))}).", stacklevel=2)
@@ -2595,6 +2649,7 @@ def run_driver(
     """Runs the steps of a driver, and returns its exit status: 0, 2 (bad input) or 130 (Ctrl-C)."""
     with contextlib.suppress(AttributeError):  # for names that the terminal cannot print
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    plt.switch_backend("agg")  # it draws into files, whatever the environment says
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda what, *_, **__: print(f"Warning: {what}", file=sys.stderr)
@@ -2606,7 +2661,7 @@ def run_driver(
             print(f"Device: {device}")
             with sharing:
                 steps(options)
-            sys.stdout.flush()
+            print(end="", flush=True)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
@@ -2634,9 +2689,9 @@ def _check_files(options: Any) -> None:
         path = getattr(options, name, None)
         _require(not path or Path(path).is_file(), f"{path}: there is no such file.")
     if (output := getattr(options, "output", None)) is not None:
-        written = {Path(output, name).resolve() for name in ("", "masks", "overlays")}
+        written = {os.path.realpath(Path(output, name)) for name in ("", "masks", "overlays")}
         names = ("image_dir", "mask_dir", "val_dir", "val_masks")
         folders = filter(None, (getattr(options, name, None) for name in names))
-        given = {Path(folder).resolve() for folder in folders}
+        given = set(map(os.path.realpath, folders))
         _require(not written & given, f"--output {output} would write among the images or masks: "
                  "give a folder of its own.")

@@ -90,7 +90,10 @@ def spread(regions: Array) -> Array:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     _, model, output, *paths = sys.argv
+    Path(output).mkdir(parents=True, exist_ok=True)
     session = onnxruntime.InferenceSession(model)
     facts = json.loads(session.get_modelmeta().custom_metadata_map["segment.json"])
     for path in paths:

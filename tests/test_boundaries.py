@@ -74,7 +74,7 @@ def test_only_the_outline_counts_and_neighbours_at_a_corner_do_not() -> None:
     assert segment.boundary_distances(square, corner)["assd"] == pytest.approx(1 / 31 * percent)
 
 
-def test_the_edge_of_the_frame_is_agreement_where_both_lesions_leave_it() -> None:
+def test_shared_frame_edges_count_as_agreement() -> None:
     full = np.ones((5, 5), bool)
     assert segment.boundary_distances(full, full) == {"hd95": 0, "assd": 0}
     short = np.pad(np.ones((5, 4), bool), ((0, 0), (0, 1)))
@@ -128,7 +128,7 @@ def test_the_scores_hold_the_distances_of_the_masks_that_are_written(
     assert list(scores[0])[6:10] == ["accuracy", "hd95", "assd", "estimated_dice"]
 
 
-def test_the_bad_tail_of_a_distance_is_the_upper_one(
+def test_large_distances_are_the_bad_tail(
     make_pairs: MakePairs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = segment.create_generator(*make_pairs(4), image_size=(64, 64))

@@ -33,7 +33,7 @@ def test_images_are_paired_by_id_and_the_differences_counted() -> None:
     assert comparison["most_changed"] == pytest.approx(expected)
 
 
-def test_the_order_of_the_runs_turns_every_sign() -> None:
+def test_swapping_the_runs_flips_every_sign() -> None:
     there, back = (segment.compare_scores(*pair) for pair in (
         (rows(DICE), rows(OTHER)), (rows(OTHER), rows(DICE)))
     )  # fmt: skip

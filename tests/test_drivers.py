@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -287,7 +288,7 @@ def test_resume_refuses_other_options_and_keeps_the_checkpoint(
     last = tmp_path / "trained" / "last.keras"
     before = last.read_bytes()
     assert train("--resume", "--learning-rate", "0.5", "--batch-size", "3") == 2
-    message = "last.keras is the checkpoint of a training with another batch_size, learning_rate:"
+    message = "last.keras belongs to a training with another batch_size, learning_rate:"
     assert message in capsys.readouterr().err
     assert train("--learning-rate", "-1") == 2
     assert last.read_bytes() == before
@@ -675,6 +676,7 @@ def test_both_drivers_run_from_the_command_line(make_pairs: MakePairs, tmp_path:
         line = [sys.executable, *command, *data(tmp_path), "--output", str(tmp_path / "皮膚")]
         environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
         environment["PYTHONIOENCODING"] = "ascii:strict"  # a terminal that cannot print 皮膚
+        environment["MPLBACKEND"] = "module://of_a_notebook"  # which is not installed
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
         # On some processors TensorFlow reports that oneDNN lacks an operation.
         done.stderr = re.sub(r"E0000 .* oneDNN supports .*\n", "", done.stderr)
@@ -689,3 +691,38 @@ def test_both_drivers_run_from_the_command_line(make_pairs: MakePairs, tmp_path:
     loaded = run("driver_load_evaluate.py", str(tmp_path / "皮膚" / "model.keras"))
     assert (loaded.returncode, loaded.stderr) == (0, "")
     assert trained.stdout.split("images, each")[1] == loaded.stdout.split("images, each")[1]
+
+
+def test_resume_refuses_another_frame_and_names_the_missing_best_epoch(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    assert train("--resume", "--image-size", "32", "48") == 2
+    assert "belongs to a training with another image_size:" in capsys.readouterr().err
+    assert train("--resume", "--save", str(tmp_path / "new.keras")) == 2
+    assert "new.keras does not hold the best epoch of the training in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("driver", [driver_load_evaluate, driver_train_save_evaluate])
+def test_no_folder_for_temporary_files_is_reported(
+    driver: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    assert driver.main([]) == 2
+    assert re.search("No usable temporary .* TMPDIR", capsys.readouterr().err)
+
+
+def test_paths_that_the_system_refuses_are_reported(
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    loop, long = str(tmp_path / "loop"), f"{'x' * 300}.keras"
+    assert train("--image-dir", loop) == 2
+    assert "loop is not a folder" in capsys.readouterr().err
+    assert train("--output", loop) == 2
+    assert "loop" in capsys.readouterr().err
+    assert driver_load_evaluate.main([long, *data(tmp_path), "--output", str(tmp_path / "o")]) == 2
+    assert "File name too long" in capsys.readouterr().err

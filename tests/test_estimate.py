@@ -78,7 +78,7 @@ def test_half_of_the_images_fit_the_estimate_and_the_others_set_the_bound(discs:
     assert exceeded == 50 - 46  # the 46th of 50 misses: 0.9 * 51, rounded up
 
 
-def test_a_few_images_do_not_fit_an_estimate(discs: Discs) -> None:
+def test_too_few_images_fit_no_estimate(discs: Discs) -> None:
     generator, predictions = discs(99)
     assert segment.fit_estimate(generator, predictions) == []
     assert np.isnan(segment.estimate_dice(predictions, bound=True)).all()

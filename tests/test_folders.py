@@ -1,8 +1,10 @@
 """Folders as people have them: other names, layouts, masks and sizes than those of ISIC."""
 
 import csv
+import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,10 @@ def test_results_of_a_run_are_never_taken_for_images(tmp_path: Path) -> None:
     for name in ("scores.csv", "summary.json"):
         (tmp_path / "evaluation" / name).write_text("")
     assert segment.find_images(tmp_path) == [image]
+    files(tmp_path / "interrupted" / "masks", "a_segmentation.png")
+    (tmp_path / "interrupted" / "findings.csv").write_text("")
+    with pytest.raises(segment.SegmentError, match="images without a mask"):
+        segment.find_image_pairs(tmp_path, tmp_path)
     for name in ("scores.csv", "summary.json"):
         (tmp_path / name).write_text("")
     with pytest.raises(segment.SegmentError, match="holds the results of an earlier run"):
@@ -425,7 +431,7 @@ def test_an_older_keras_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         segment.load_model()
 
 
-def test_a_jpeg_of_a_phone_may_have_200_megapixels_and_heic_is_called_so(tmp_path: Path) -> None:
+def test_a_jpeg_of_a_phone_may_have_200_megapixels_and_heic_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (16_000, 12_500), (200, 150, 120)).save(tmp_path / "a.jpg")
     assert segment.load_input_image(tmp_path / "a.jpg", (64, 64)).max() > 190
     assert segment.inspect([tmp_path / "a.jpg"]) == {(12_500, 16_000): 1}
@@ -443,8 +449,34 @@ def test_too_few_pairs_name_the_least_number(make_pairs: MakePairs) -> None:
     assert [len(part[0]) for part in (train, val, test)] == [2, 0, 0]
 
 
-def test_weights_bring_their_threshold(tmp_path: Path) -> None:
+def test_load_weights_loads_the_threshold(tmp_path: Path) -> None:
     segment.save_model(tiny_network((16, 16)), tmp_path / "m.keras", threshold=0.65)
     model = tiny_network((32, 32))
     segment.load_weights(model, tmp_path / "m.keras")
     assert segment.model_record(model).threshold == 0.65
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files(tmp_path, "a.jpg")
+    files(tmp_path / "closed", "b.jpg")
+    scan = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(segment.SegmentError, match=r"closed: cannot be read \(Permission denied\)"):
+        segment.find_images(tmp_path)
+
+
+def test_every_image_has_a_name_of_its_own_that_a_file_system_can_hold() -> None:
+    names = segment._unique_names(["d/p/1/a.jpg", "d/p_1/a.jpg", "d/p_1/a.jpg", "d/b.jpg"])
+    assert (len(set(names)), names[3]) == (4, "b")
+    (long,) = segment._unique_names([f"{'皮膚' * 60}.jpg"])
+    assert 190 < len(long.encode()) <= 200
+    twice = segment._unique_names([f"{'x' * 250}{i}.jpg" for i in (1, 2)])
+    assert len(set(twice)) == 2

@@ -167,7 +167,7 @@ def test_the_load_driver_takes_the_folder_of_the_folds(
     assert len(json.loads((output / "summary.json").read_text())["model"].split(", ")) == 3
 
 
-def test_a_folder_validates_instead_of_a_drawn_part(
+def test_val_dir_replaces_the_random_split(
     make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_pairs(8)
@@ -198,3 +198,12 @@ def test_an_image_to_train_and_to_validate_on_is_refused(
     message = capsys.readouterr().err
     assert "--val-dir and --val-masks belong together" in message
     assert "--folds saves a model for each fold" in message
+
+
+def test_folds_of_another_run_are_not_mixed_with_new_ones(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").symlink_to(validated)
+    with pytest.raises(SystemExit):
+        cross_validate(tmp_path, "out", "--folds", "2")
+    assert "holds more folds, of another run: give a new folder" in capsys.readouterr().err

@@ -266,3 +266,26 @@ def test_images_are_decoded_once_as_far_as_the_budget_of_the_cache_suffices(
     fresh = generator(pairs, shuffle=True, augment=True)
     fresh.epoch = 2
     assert images_of(fresh) == epoch
+
+
+def test_a_seed_may_be_a_number_of_numpy(make_pairs: MakePairs) -> None:
+    pairs = make_pairs(3)
+    first = generator(pairs, augment=True, seed=2_000_000_000)
+    assert images_of(generator(pairs, augment=True, seed=np.int64(2_000_000_000))) == images_of(
+        first
+    )
+    for seed in (None, 1.5, -1, 2**32):
+        with pytest.raises(segment.SegmentError, match=r"seed is \S+: expected a whole number"):
+            generator(pairs, seed=seed)
+
+
+def test_a_path_is_not_taken_for_a_list_of_paths(make_pairs: MakePairs, tmp_path: Path) -> None:
+    images, masks = make_pairs(2)
+    for paths in ((images[0], masks[0]), (images, Path(masks[0])), (tmp_path, None)):
+        with pytest.raises(segment.SegmentError, match="is a single path: expected a list"):
+            segment.create_generator(*paths)
+
+
+def test_a_cache_of_other_masks_is_refused(make_pairs: MakePairs) -> None:
+    with pytest.raises(segment.SegmentError, match=r"expected PairCache\(soft_masks=True\)"):
+        generator(make_pairs(2), soft_masks=True, cache=segment.PairCache())

@@ -1,5 +1,6 @@
 """From a file to an array in the frame of the network, and back."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +308,23 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path: Path) -> None:
     (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
     with pytest.raises(segment.SegmentError, match=r"a\.jpg: cannot be read as an image"):
         segment.load_input_image(tmp_path / "a.jpg")
+
+
+def test_an_orientation_behind_the_pixels_turns_nothing(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    quarters(64, 32).save(path, exif=exif)
+    data = path.read_bytes()
+    start, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    assert segment.inspect([path]) == {(32, 64): 1}
+    assert np.array_equal(segment.load_input_image(path, None), np.asarray(quarters(64, 32)))
+
+
+def test_odd_exif_tags_do_not_hide_the_orientation(tmp_path: Path) -> None:
+    length = struct.pack(">HHI4s", 0x0101, 2, 4, b"abc")  # text, where a number is expected
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + length + turned + bytes(4)
+    quarters(64, 32).save(tmp_path / "a.jpg", exif=exif)
+    assert segment.load_input_image(tmp_path / "a.jpg", None).shape == (64, 32, 3)

@@ -238,3 +238,12 @@ def test_a_model_may_predict_while_it_trains() -> None:
             pass
         assert [layer.call for layer in model.layers] == inside
     assert [layer.call for layer in model.layers] == stock
+
+
+def test_a_setting_of_channels_first_changes_nothing() -> None:
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = segment.create_model((32, 48), num_filters=2)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    assert model.output_shape == (None, 32, 48, 1)

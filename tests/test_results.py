@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from conftest import MakePairs, with_threshold
@@ -460,3 +461,25 @@ def test_images_of_equal_scores_are_drawn(make_pairs: MakePairs, tmp_path: Path)
     predictions[1:] = 0  # three equally bad ones, none of them among the first
     segment.results(generator, predictions, num_imgs=1, output_dir=tmp_path)
     assert (tmp_path / "worst.png").is_file()
+
+
+def test_lists_of_predictions_and_the_history_of_fit_are_taken(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs)
+    history = keras.callbacks.History()
+    history.history = {"loss": [0.5], "accuracy": [0.9]}
+    scores = segment.results(generator, list(predictions), history=history)
+    assert scores == segment.results(generator, predictions)
+    masks = segment.restore_masks(generator, list(predictions))
+    assert [mask.shape for mask in masks] == [(90, 120)] * 5
+    for function in (segment.choose_threshold, segment.fit_estimate):
+        assert function(generator, list(predictions)) == function(generator, predictions)
+    assert len(segment.estimate_dice(list(predictions))) == 5
+
+
+def test_too_few_predictions_are_refused_before_anything_is_written(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    generator, predictions = prepare(make_pairs)
+    with pytest.raises(segment.SegmentError, match="too few, too many or of shape"):
+        segment.results(generator, predictions[:4], output_dir=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.*"))

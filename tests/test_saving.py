@@ -254,10 +254,36 @@ def test_without_the_optimizer_a_file_is_small_and_float32(tmp_path: Path, polic
     assert sizes[1] < sizes[0]
 
 
-def test_settings_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+def test_settings_may_be_numpy_scalars(tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
     numbers: Any = np.array([0.25, 1, 0.5], np.float32)
     model = tiny_network((16, 16))
     segment.save_model(model, path, threshold=numbers[0], estimate=list(numbers))
     record = segment.model_record(segment.load_model(path))
     assert (record.threshold, record.estimate) == (0.25, [0.25, 1, 0.5])
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    model = small_model()
+    record: Any = segment.model_record(model)
+    record.batch_size, record.origin = np.int64(70_000), {"options": {"rate": np.float32(0.5)}}
+    switches: Any = {"mirror": np.False_, "one_region": 1}
+    segment.save_model(model, tmp_path / "m.keras", **switches)
+    loaded = segment.model_record(segment.load_model(tmp_path / "m.keras"))
+    assert (loaded.batch_size, loaded.origin) == (70_000, {"options": {"rate": 0.5}})
+    assert (loaded.mirror, loaded.one_region) == (False, True)
+
+
+def test_what_would_not_load_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(segment.SegmentError, match=r"estimate is \[1, 2\]: expected what fit_est"):
+        segment.save_model(small_model(), tmp_path / "m.keras", estimate=[1, 2])
+    with pytest.raises(segment.SegmentError, match=r"split has 2 parts: expected \(train, val, t"):
+        segment.save_model(small_model(), tmp_path / "m.keras", split=SPLIT[:2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_a_dictionary_of_outputs_is_refused(tmp_path: Path) -> None:
+    model = small_model()
+    keras.Model(model.input, {"lesion": model.output}).save(tmp_path / "m.keras")
+    with pytest.raises(segment.SegmentError, match=r"m\.keras maps .*: expected \(None, height"):
+        segment.load_model(tmp_path / "m.keras")

@@ -82,7 +82,7 @@ def test_one_photograph_is_predicted_without_tracing(photo: Path, model: keras.M
     np.testing.assert_allclose(lesion[0], segment.predict(model, several, verbose=0)[1], atol=1e-6)
 
 
-def test_what_is_no_photograph_is_refused(model: keras.Model) -> None:
+def test_invalid_images_are_refused(model: keras.Model) -> None:
     for wrong in (np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8)):
         with pytest.raises(segment.SegmentError, match=r"expected uint8 \(height, width, 3\)"):
             segment.segment_image(model, wrong)
@@ -118,3 +118,13 @@ def test_bfloat16_is_used_where_the_device_has_it_and_it_is_faster(
     segment.save_model(model, tmp_path / "model.keras")
     loaded = segment.load_model(tmp_path / "model.keras", bfloat16=None)
     assert loaded.get_layer("level1_conv").compute_dtype == dtype
+
+
+def test_an_image_of_pillow_is_taken_as_well(photo: Path, model: keras.Model) -> None:
+    expected = segment.segment_image(model, photo)
+    with Image.open(photo) as image:
+        np.testing.assert_array_equal(segment.segment_image(model, image), expected)
+        with pytest.raises(
+            segment.SegmentError, match=r"uint8 \(90, 70\): expected uint8 \(height"
+        ):
+            segment.segment_image(model, image.convert("L"))

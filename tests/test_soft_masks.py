@@ -155,3 +155,10 @@ def test_both_drivers_take_soft_masks(
     assert driver_load_evaluate.main([str(model), "--all", *data, *output, "--soft-masks"]) == 0
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 12
+
+
+def test_lesions_of_soft_masks_are_not_lost_without_a_word(pairs: segment.Pairs) -> None:
+    for path in pairs[1]:
+        Image.fromarray(np.arange(32 * 48, dtype=np.uint8).reshape(SIZE)).save(path)
+    with pytest.warns(UserWarning, match=r"pairs are blank or cannot be read .* not grouped"):
+        segment.find_same_lesions(*pairs, image_size=SIZE)

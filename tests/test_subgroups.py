@@ -49,7 +49,7 @@ def test_quartiles_of_large_numbers_have_names_of_their_own() -> None:
     assert [row["images"] for row in segment.subgroups(scores, sizes)] == [25] * 4
 
 
-def test_names_and_constants_are_no_groups() -> None:
+def test_ids_and_constants_are_not_grouped() -> None:
     scores = [score(i, 0.9) for i in range(30)]
     names = {str(row["id"]): {"name": f"n{i}", "source": "ISIC"} for i, row in enumerate(scores)}
     assert segment.subgroups(scores, names) == []
@@ -63,6 +63,9 @@ def test_names_and_constants_are_no_groups() -> None:
         "image,age,sex\nISIC_0000001,55,male,a cell too many\nISIC_0000003\n",
         "age\tsex\tisic_id\n55\tmale\tisic_0000001\n",
         'image,note,age,sex\nISIC_0000001,"a ""b"", c",55,male\n',
+        "sep=;\n\nimage;age;sex\n ISIC_0000001 ; 55; male\n",
+        "row,age,image,sex\nISIC_0000001,1,x,f\nx,55,ISIC_0000001,male\n",
+        "file|age|sex\nC:\\photos\\ISIC_0000001.jpg|55|male\n",
     ],
 )
 def test_a_table_is_matched_by_the_column_of_the_ids(tmp_path: Path, text: str) -> None:
@@ -78,6 +81,7 @@ def test_a_table_is_matched_by_the_column_of_the_ids(tmp_path: Path, text: str) 
     [
         ("image,age\nISIC_7,55\n", r"metadata\.csv: no column holds the id of one of these 1"),
         ("", r"metadata\.csv: no column holds the id"),
+        ("Our table\nimage,age\nISIC_0000001,55\n", "no column .*, beside columns about them"),
         (b"\xff\xfe\0", r"metadata\.csv: expected a CSV file"),
     ],
 )

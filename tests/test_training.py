@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,7 @@ def test_resume_refuses_another_split_seed_or_network(
     split = [(["b.png"], ["b.png"]), ([], []), ([], [])]
     train_from(folder, make_pairs, 1, split=split)
     before = (folder / "last.keras").read_bytes()
-    checkpoint = r"last\.keras is the checkpoint of a training with another"
+    checkpoint = r"last\.keras belongs to a training with another"
     with pytest.raises(segment.SegmentError, match=f"{checkpoint} split: give"):
         train_from(folder, make_pairs, split=other)
     with pytest.raises(segment.SegmentError, match=f"{checkpoint} seed: give"):
@@ -414,3 +415,23 @@ def test_training_discards_the_estimate_that_was_fitted_to_other_weights(
     segment.model_record(model).estimate = [0.0, 1.0, 0.1]
     segment.train_model(model, *generators(make_pairs), 1, verbose=0)
     assert segment.model_record(model).estimate == []
+
+
+def test_resume_refuses_the_best_epoch_of_another_training(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    split = [(["a.png"], ["a.png"]), ([], []), ([], [])]
+    for folder, seed in (("one", 0), ("two", 1)):
+        train_from(tmp_path / folder, make_pairs, 1, split=split, seed=seed)
+    shutil.copy(tmp_path / "two" / "best.keras", tmp_path / "one" / "best.keras")
+    with pytest.raises(segment.SegmentError, match=r"best\.keras belongs to .* another seed: give"):
+        train_from(tmp_path / "one", make_pairs, split=split)
+
+
+def test_a_backend_that_cannot_train_is_named(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = segment.create_generator(*make_pairs(2), image_size=SIZE)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
+    with pytest.raises(segment.SegmentError, match="cannot train with numpy: set KERAS_BACKEND"):
+        segment.train_model(tiny_network(SIZE), train, None, 1)
