@@ -106,7 +106,6 @@ IMAGE_SIZE = (256, 256)  # as in the original system
 IMAGE_NAME = r"(?is)(?!\.).*\.(jpe?g|jpe|jfif|png|bmp|tiff?|webp)"
 OTHER_IMAGE = r"(?i)[^.].*(\.(hei[cf]|avif|gif|dcm|jp2|j2k|dng|nef|cr2|arw|svg|psd|tga|p[bgpn]m))"
 MASK_NAME = r"(?i)([_.-](masks?|seg|segmentation|lesion|gt|label|annotation))+$"
-RESULT_FILES = ({"findings.csv"}, {"scores.csv", "summary.json"})  # of a driver, of `results`
 NO_IMAGE = r"(?i)(_superpixels|_overlay|^image_sizes|_R\d+_Label\d+)$"  # of ISIC, this program, PH2
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all that is decoded; MPO belongs to JPEG
 METRICS = ("dice", "jaccard", "thresholded_jaccard", "sensitivity", "specificity", "accuracy")
@@ -279,7 +278,7 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     _require(os.path.isdir(folder), f"{folder} is not a folder: give the folder of the files.")
     paths, ignored, walked = dict[str, str](), Counter[str](), set[str]()
     for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        results = any(files <= {*names} for files in RESULT_FILES)
+        results = {"scores.csv", "summary.json"} <= {*names} or _holds_findings(parent)
         _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
                  "run among its images: move them to a folder of their own.")
         real = os.path.realpath(parent)
@@ -303,6 +302,13 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     if counts:
         warnings.warn(f"{folder}: ignored what cannot be read: {counts}.", stacklevel=3)
     return dict(sorted(paths.items(), key=lambda item: item[1]))
+
+
+def _holds_findings(folder: str) -> bool:
+    """Whether a folder has the table with which each run of a driver begins."""
+    with contextlib.suppress(OSError, ValueError), open(f"{folder}/findings.csv") as file:
+        return file.readline() == ",".join(Finding._fields) + "\n"
+    return False
 
 
 def _refuse(error: OSError) -> None:

@@ -152,9 +152,10 @@ def test_results_of_a_run_are_never_taken_for_images(tmp_path: Path) -> None:
     files(tmp_path / "evaluation" / "overlays", "a_overlay.jpg")
     for name in ("scores.csv", "summary.json"):
         (tmp_path / "evaluation" / name).write_text("")
+    (tmp_path / "findings.csv").write_text("patient,finding\n")  # of somebody else
     assert segment.find_images(tmp_path) == [image]
     files(tmp_path / "interrupted" / "masks", "a_segmentation.png")
-    (tmp_path / "interrupted" / "findings.csv").write_text("")
+    (tmp_path / "interrupted" / "findings.csv").write_text("severity,kind,path,what\n")
     with pytest.raises(segment.SegmentError, match="images without a mask"):
         segment.find_image_pairs(tmp_path, tmp_path)
     for name in ("scores.csv", "summary.json"):
