@@ -1107,9 +1107,9 @@ def _recast(model: keras.Model, dtype: str) -> keras.Model:
     return copy
 
 
-LAST = {"data_format": "channels_last"}  # whatever the user's keras.json says
+NHWC = {"data_format": "channels_last"}  # whatever the user's keras.json says
 _convolution = functools.partial(
-    layers.Conv2D, padding="same", kernel_initializer="he_normal", **LAST)
+    layers.Conv2D, padding="same", kernel_initializer="he_normal", **NHWC)
 
 
 def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
@@ -1120,7 +1120,7 @@ def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
         strides = 1 if level == 1 else 2
         x = _convolution(filters, 3, strides=strides, name=f"level{level}_conv")(x)
         y = _convolution(filters, 3, name=f"{name}1_conv")(_norm_relu(x, f"{name}1"))
-        y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout", **LAST)(y)
+        y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout", **NHWC)(y)
         y = _convolution(filters, 3, name=f"{name}2_conv")(_norm_relu(y, f"{name}2"))
         x = layers.Add(name=f"{name}_add")([x, y])  # a pre-activation residual block
         features.append(x)  # (N, H / 2^(level - 1), W / 2^(level - 1), filters)
@@ -1134,7 +1134,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
     lesion = None
     for level in (4, 3, 2, 1):
         name, filters = f"level{level}", num_filters * 2 ** (level - 1)
-        x = layers.UpSampling2D(2, name=f"{name}_up_repeat", **LAST)(x)
+        x = layers.UpSampling2D(2, name=f"{name}_up_repeat", **NHWC)(x)
         x = _norm_relu(_convolution(filters, 3, name=f"{name}_up_conv")(x), f"{name}_up")
         x = layers.Concatenate(name=f"{name}_concat")([x, skips[level - 1]])  # 2 x filters
         local = f"{name}_local1" if level > 1 else f"{name}_final"
@@ -1145,7 +1145,7 @@ def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
         if level < 4:
             finer = _convolution(1, 1, name=f"{name}_lesion_conv")(x)
             if lesion is not None:
-                coarser = layers.UpSampling2D(2, name=f"{name}_lesion_repeat", **LAST)(lesion)
+                coarser = layers.UpSampling2D(2, name=f"{name}_lesion_repeat", **NHWC)(lesion)
                 finer = layers.Add(name=f"{name}_lesion_add")([finer, coarser])
             lesion = finer
     return lesion
