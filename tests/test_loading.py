@@ -328,3 +328,17 @@ def test_odd_exif_tags_do_not_hide_the_orientation(tmp_path: Path) -> None:
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + length + turned + bytes(4)
     quarters(64, 32).save(tmp_path / "a.jpg", exif=exif)
     assert segment.load_input_image(tmp_path / "a.jpg", None).shape == (64, 32, 3)
+
+
+def test_a_turned_mask_in_a_jpeg_may_be_only_nearly_0_and_255(tmp_path: Path) -> None:
+    image, mask = draw_lesion((64, 48), 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paths = [str(tmp_path / name) for name in ("a.jpg", "a_mask.jpg")]
+    image.save(paths[0], exif=exif)
+    mask.save(paths[1], exif=exif, quality=75)
+    cache = segment.PairCache(0)
+    pair = cache.load(*paths, (48, 64))
+    assert cache.notes[paths[1]] == {}
+    expected = np.rot90(np.asarray(mask), -1) > 0
+    assert (expected != (pair[..., 3] > 0)).mean() < 0.01
