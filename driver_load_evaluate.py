@@ -45,8 +45,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--num-imgs", type=non_negative_int, default=4, metavar="N", help="images to plot (4)")
     options = parser.parse_args(arguments)
     if options.image_dir is None and options.mask_dir is None:
-        parser.set_defaults(image_dir=str(SAMPLE / "input"), mask_dir=str(SAMPLE / "truth"))
-        options = parser.parse_args(arguments)
+        options.image_dir, options.mask_dir = str(SAMPLE / "input"), str(SAMPLE / "truth")
     if options.threshold is not None and not 0 < options.threshold < 1:
         parser.error(f"--threshold {options.threshold}: expected a probability between 0 and 1")
     if options.image_dir is None:
@@ -91,9 +90,13 @@ def load_evaluate(options: argparse.Namespace) -> None:
         segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
 
     # 4. Load the trained model and select its test set. Of several, the mean segments every image
-    bfloat16 = options.bfloat16 if options.bfloat16 is not None or len(images) > 99 else False
-    files = [file for model in options.models or [segment.PRETRAINED]
-             for file in sorted(Path(model).glob("fold*/model.keras")) or [model]]
+    bfloat16 = options.bfloat16
+    if bfloat16 is None and len(images) < 100:  # too few to time both ways of computing
+        bfloat16 = False
+    files = list[str | Path]()
+    for model in options.models or [segment.PRETRAINED]:
+        folds = sorted(Path(model).glob("fold*/"))
+        files += [fold / "model.keras" for fold in folds] or [model]
     models = [segment.load_model(file, bfloat16=bfloat16) for file in files]
     record = segment.model_record(models[0])
     if options.models and len(models) == 1 and masks and not options.all:

@@ -83,7 +83,7 @@ def wrong_options(options: argparse.Namespace) -> Iterator[str]:
         yield f"--batch-size {options.batch_size} cannot be shared among {options.devices} devices"
     if options.resume and SEVERAL_HOSTS in os.environ:
         yield "--resume continues a training on one host only"
-    if options.folds and Path(options.output, f"fold{options.folds + 1}").exists():
+    if options.folds and os.path.exists(Path(options.output, f"fold{options.folds + 1}")):
         yield f"--output {options.output} holds more folds, of another run: give a new folder"
     if options.folds and options.save:
         yield "--folds saves a model for each fold: leave out --save"

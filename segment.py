@@ -139,7 +139,7 @@ class SegmentError(ValueError):
     """Input that cannot be used."""
 
 
-def _require(condition: bool, otherwise: str) -> None:
+def _require(condition: object, otherwise: str) -> None:
     if not condition:
         raise SegmentError(otherwise)
 
@@ -220,7 +220,7 @@ def find_image_pairs(image_dir: StrPath, mask_dir: StrPath, *, skip_bad: bool = 
     found = " and ".join(
         f"{kind} ({count}: {_shorten([f.what for f in findings if f.kind == kind])})"
         for kind, count in Counter(finding.kind for finding in findings).items())
-    _require(not found or (skip_bad and bool(pairs)), "Expected one mask for each image, by id, "
+    _require(not found or (skip_bad and pairs), "Expected one mask for each image, by id, "
              f"but {image_dir} and {mask_dir} hold {found}: add, rename or remove files, or leave "
              "these out with --skip-bad (skip_bad=True).")
     if found:
@@ -266,7 +266,7 @@ def find_images(image_dir: StrPath) -> list[str]:
     """
     files = _list_images(image_dir).values()
     paths = [path for path in files if not _is_mask(path)]
-    _require(bool(paths), f"{image_dir} holds only masks: give the folder of the images.")
+    _require(paths, f"{image_dir} holds only masks: give the folder of the images.")
     if lost := {image_id(path) for path in files} - set(map(image_id, paths)):
         warnings.warn(f"{image_dir}: ignored files named like masks ({len(lost)}: "
                       f"{_shorten(sorted(lost))}).", stacklevel=2)
@@ -295,7 +295,7 @@ def _list_images(folder: StrPath) -> dict[str, str]:
             elif other or (image and not os.path.exists(path)):
                 ignored[other[1].lower() if other else "broken links"] += 1
     counts = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common())
-    _require(bool(paths), f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
+    _require(paths, f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
     broken = [ascii(path) for path in paths.values() if re.search("[\ud800-\udfff]", path)]
     _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
@@ -482,23 +482,23 @@ def _to_black_and_white(image: Image.Image, notes: dict[str, str]) -> Image.Imag
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
     levels = np.unique(grey)
     white = int(levels[-1]) if levels[-1] in (1, 255, 65535) and not lossy else 255
-    # A mask with soft edges has black, white and hardly anything in between, in thin lines.
-    exact, between = np.isin(levels, (0, white)).all(), (grey >= 24) & (grey < 232)
-    soft = levels[0] < 24 and 232 <= levels[-1] <= 255 and between.mean() < 0.03
-    soft = soft and not ndimage.binary_erosion(between, np.ones((5, 5))).any()
-    if not exact and not soft:
-        return _by_rim(image, notes)
-    if not exact and not (lossy and between.mean() < 0.01):
-        notes["masks with soft edges"] = "its edges are soft and are thresholded at half"
+    if not np.isin(levels, (0, white)).all():
+        # A mask with soft edges has black, white and hardly anything in between, in thin lines.
+        between = (grey >= 24) & (grey < 232)
+        thin = between.mean() < 0.03 and not ndimage.binary_erosion(between, np.ones((5, 5))).any()
+        if not (levels[0] < 24 and 232 <= levels[-1] <= 255 and thin):
+            return _by_rim(image, notes)
+        if not lossy or between.mean() >= 0.01:
+            notes["masks with soft edges"] = "its edges are soft and are thresholded at half"
     return Image.fromarray(grey >= white / 2).convert("L")
 
 
 def _by_rim(image: Image.Image, notes: dict[str, str]) -> Image.Image:
     """The mask of two levels or colours, of which the one that is rarer at the rim is lesion."""
-    levels, name = np.asarray(image), "{:g}"
+    levels, template = np.asarray(image), "{:g}"
     if image.mode[0] not in "IFL":  # colours, which may be equally bright
-        levels, name = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1), "#{:06x}"
-    names = [name.format(level) for level in np.unique(levels)]
+        levels, template = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1), "#{:06x}"
+    names = [template.format(level) for level in np.unique(levels)]
     _require(len(names) == 2, "expected a mask of 0 and 255 (or 0 and 1), but it has "
              f"{len(names)} values ({_shorten(names)}): threshold it, or read it as a soft mask.")
     high = levels == levels.max()
@@ -590,7 +590,7 @@ class PairCache:
                 self._kept[name] = pair
 
     def _write(self, name: str, pair: Array) -> None:
-        if (folder := self.folder) is None:
+        if (folder := self.folder) is None:  # to which another thread may set it meanwhile
             return
         try:
             with _written_whole(folder / f"{name}.npy") as temporary:
@@ -616,11 +616,11 @@ def _entry_name(image_path: str, mask_path: str | None, image_size: Size, soft: 
 
 def inspect(image_paths: Iterable[StrPath], *, skip_bad: bool = False) -> dict[Size, int]:
     """Returns `{(height, width): count}` of the images, the most frequent size first."""
-    counts: Counter[Size] = Counter()
+    sizes, ignored = list[Size](), (SegmentError,) if skip_bad else ()
     for path in image_paths:
-        with contextlib.suppress(*[SegmentError] * skip_bad):
-            counts[_size_of(path)] += 1
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        with contextlib.suppress(*ignored):
+            sizes.append(_size_of(path))
+    return dict(Counter(sorted(sizes)).most_common())  # of two equally frequent the smaller first
 
 
 def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
@@ -807,8 +807,8 @@ def _group_lesions(pairs: list[Pair], image_size: Size, cache: PairCache | None)
         return [pairs]
     size, cache = _check_image_size(image_size), cache or PairCache(0)
     with ThreadPoolExecutor() as pool:
-        sign = functools.partial(_lesion_signature, size, cache)
-        signatures = np.stack(list(pool.map(sign, pairs)))
+        signature_of = functools.partial(_lesion_signature, size, cache)
+        signatures = np.stack(list(pool.map(signature_of, pairs)))
     unread = [pair[0] for pair, found in zip(pairs, signatures, strict=True) if not found.any()]
     if unread:
         warnings.warn(f"{len(unread)} pairs are blank or cannot be read ({_shorten(unread)}): "
@@ -886,8 +886,8 @@ def cross_validation_splits(
     `val_split` is the validation fraction of the other pairs. The images that `find_same_lesions`
     groups stay together. The test sets have the same number of lesions, give or take one.
     """
-    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     _check_seed(seed)
+    lesions = _group_lesions(_zip_pairs(image_paths, mask_paths), image_size, cache)
     enough = 2 <= folds <= len(lesions)
     _require(enough, f"folds is {folds}: expected 2 to {len(lesions)}, the number of lesions.")
     splits = []
@@ -901,16 +901,19 @@ def _draw(lesions: Lesions, fraction: float, seed: int, name: str) -> tuple[Lesi
     """Draws lesions at random until they hold a fraction of the pairs: `(rest, drawn)`."""
     _require(0 <= fraction < 1, f"{name} is {fraction}: expected a fraction in [0, 1).")
     pairs = sum(map(len, lesions))
-    _require(len(lesions) > (fraction > 0), f"{pairs} pairs are too few for a {name} of {fraction}"
-             f": expected at least two lesions, or a {name} of 0.")
+    _require(len(lesions) > 1 or fraction == 0, f"{pairs} pairs are too few for a {name} of "
+             f"{fraction}: expected at least two lesions, or a {name} of 0.")
     count = max(1, math.floor(fraction * pairs + 1e-9)) if fraction else 0  # 0.29 * 100 < 29
     wanted = max(count, min(map(len, lesions))) if count else 0
     rest, drawn = Lesions(), Lesions()
     for lesion in shuffle(lesions, random_state=seed):
-        fits = len(lesion) <= wanted
-        wanted -= fits * len(lesion)
-        (drawn if fits else rest).append(lesion)
-    if (held_out := sum(map(len, drawn))) != count:
+        if len(lesion) <= wanted:
+            drawn.append(lesion)
+            wanted -= len(lesion)
+        else:
+            rest.append(lesion)
+    held_out = sum(map(len, drawn))
+    if held_out != count:
         warnings.warn(f"{held_out} pairs are held out rather than {count}: the images of one "
                       "lesion stay together.", stacklevel=3)
     return rest, drawn
@@ -986,14 +989,16 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
 
     def __getitem__(self, index: int) -> Array | tuple[Array, Array]:
         pairs = self.batch_part(index, *_this_host())
+        images, masks = pairs[..., :3], pairs[..., 3:]
         if self.mask_paths is None:
-            return pairs[..., :3]
-        soft, levels = self.cache.soft_masks, pairs[..., 3:]
-        return pairs[..., :3], levels / np.float32(255) if soft else levels >> 7  # 128 becomes 1
+            return images
+        # A mask of 0 and 255 is lesion from 128 on.
+        return images, (masks / np.float32(255) if self.cache.soft_masks else masks >> 7)
 
     def batch_part(self, index: int, part: int = 0, parts: int = 1) -> Array:
         """The pairs of a batch, `uint8 (N, height, width, 4)`, or one of its equal parts."""
-        epoch, order = self.epoch, np.arange(len(self.pairs))
+        epoch = self.epoch  # read once, as Keras loads batches while it ends an epoch
+        order = np.arange(len(self.pairs))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
@@ -1086,7 +1091,7 @@ def create_model(
     _require(0 <= dropout < 1, f"dropout is {dropout}: expected a fraction in [0, 1).")
     inputs = keras.Input((*_check_image_size(image_size, 16), 3), name="image")
     scaled = layers.Rescaling(1 / 255, dtype="float32", name="rescaling")(inputs)
-    lesion = _localization_path(_context_path(scaled, num_filters, dropout), num_filters)
+    lesion = _localization_pathway(_context_pathway(scaled, num_filters, dropout), num_filters)
     outputs = layers.Activation("sigmoid", dtype="float32", name="lesion_probability")(lesion)
     model = keras.Model(inputs, outputs, name="improved_unet")
     return _recast(model, "mixed_bfloat16") if bfloat16 else model
@@ -1112,7 +1117,7 @@ _convolution = functools.partial(
     layers.Conv2D, padding="same", kernel_initializer="he_normal", **NHWC)
 
 
-def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
+def _context_pathway(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
     """The features of levels 1 to 5, each at half the resolution of the one before."""
     features = []
     for level in range(1, 6):
@@ -1127,7 +1132,7 @@ def _context_path(x: Tensor, num_filters: int, dropout: float) -> list[Tensor]:
     return features
 
 
-def _localization_path(features: list[Tensor], num_filters: int) -> Tensor:
+def _localization_pathway(features: list[Tensor], num_filters: int) -> Tensor:
     """The summed lesion map (logits, full resolution) of levels 3, 2 and 1."""
     *skips, x = features
     x = _norm_relu(x, "level5_out")
@@ -1262,17 +1267,17 @@ def score_masks(truth: Array, prediction: Array) -> dict[str, float]:
     for name, mask in {"truth": truth, "prediction": prediction}.items():
         found = f"The {name} holds values of {mask.min()} to {mask.max()}"
         _require(np.array_equal(mask, mask > 0), f"{found}: expected a mask of 0 and 1.")
-    hit = int(np.count_nonzero((truth == 1) & (prediction == 1)))
-    missed, extra = int(np.count_nonzero(truth)) - hit, int(np.count_nonzero(prediction)) - hit
-    rest = truth.size - hit - missed - extra
-    jaccard = _ratio(hit, hit + missed + extra)
+    tp = int(np.count_nonzero((truth == 1) & (prediction == 1)))
+    fn, fp = int(np.count_nonzero(truth)) - tp, int(np.count_nonzero(prediction)) - tp
+    tn = truth.size - tp - fn - fp
+    jaccard = _ratio(tp, tp + fn + fp)
     return {
-        "dice": _ratio(2 * hit, 2 * hit + missed + extra),
+        "dice": _ratio(2 * tp, 2 * tp + fn + fp),
         "jaccard": jaccard,
         "thresholded_jaccard": jaccard if jaccard >= JACCARD_FAILURE else 0.0,
-        "sensitivity": _ratio(hit, hit + missed),
-        "specificity": _ratio(rest, rest + extra),
-        "accuracy": _ratio(hit + rest, truth.size),
+        "sensitivity": _ratio(tp, tp + fn),
+        "specificity": _ratio(tn, tn + fp),
+        "accuracy": _ratio(tp + tn, truth.size),
     }
 
 
@@ -1357,6 +1362,8 @@ def train_model(
             raise
         finally:
             if best.score is not None:  # or there is no file to restore it from
+                with zipfile.ZipFile(path) as archive:  # which another process may have replaced
+                    _check_same_training(path, _read_record(path, archive), model_record(model))
                 model.load_weights(path)
 
 
@@ -1407,6 +1414,10 @@ def _record_training(
         counts = Counter(os.path.realpath(image) for images, _ in split for image in images)
         twice = [image for image, count in counts.items() if count > 1]
         _require(not twice, f"{_shorten(twice)}: in more than one part of the split; keep one.")
+        digests = [{*map(_digest, images)} - {b""} for images, _ in split]
+        if copies := sum(map(len, digests)) - len(set.union(*digests)):
+            warnings.warn(f"{copies} images are in more than one part of the split, as copies: "
+                          "remove them from one folder.", stacklevel=3)
         record.split = _split_ids(split)
         for kind, parts in zip(("images", "masks"), zip(*split, strict=True), strict=True):
             content = b"".join(map(_digest, sorted(itertools.chain(*parts))))
@@ -1435,7 +1446,7 @@ def _resume(
         return None
     best = model_record(load_model(best_path)) if Path(best_path).exists() else ModelRecord()
     scores = _epoch_scores(best.history)
-    _require(bool(scores), f"{best_path} does not hold the best epoch of the training in {path}: "
+    _require(scores, f"{best_path} does not hold the best epoch of the training in {path}: "
              "give the file that does, or start from scratch.")
     _check_same_training(best_path, best, before)
     return max(scores)
@@ -1525,7 +1536,8 @@ class Predictions(np.ndarray[Any, np.dtype[Any]]):
 def _remember(probabilities: Array, source: ModelRecord | Predictions) -> Predictions:
     _check_threshold(source.threshold)
     view = probabilities.view(Predictions)
-    view.__array_finalize__(source)
+    view.threshold, view.one_region = source.threshold, source.one_region
+    view.estimate = source.estimate
     return view
 
 
@@ -1536,8 +1548,8 @@ def _check_threshold(threshold: float) -> float:
 
 def predict(model: Models, generator: ImageGenerator, **settings: Any) -> Predictions:
     """Returns the probabilities of all images of a generator; `settings` as in `predict_each`."""
-    first, *others = predict_each(model, generator, **settings)
-    return _remember(np.stack([first, *others]), first)
+    predictions = list(predict_each(model, generator, **settings))
+    return _remember(np.stack(predictions), predictions[0])
 
 
 def predict_each(
@@ -1611,7 +1623,7 @@ def _predict_batch(
             lesions = np.concatenate([np.asarray(predict(part))[: len(part)] for part in parts])
         flipped = np.split(lesions, len(flips))
         back += [np.flip(lesion, axes) for lesion, axes in zip(flipped, flips, strict=True)]
-    return np.asarray(sum(back) / len(back))
+    return np.asarray(np.mean(back, axis=0))
 
 
 def average_models(models: Sequence[keras.Model]) -> keras.Model:
@@ -1659,10 +1671,10 @@ def segment_image(model: Models, image: Any, *, threshold: float | None = None) 
         size = image.shape[:2]
         fitted = np.asarray(_fit(Image.fromarray(image), size, frame))
     (lesion,) = _predict_batch(models, fitted[None], record.mirror)
-    return _threshold(_remember(lesion, record), size)
+    return _make_mask(_remember(lesion, record), size)
 
 
-def _threshold(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
+def _make_mask(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
     """The mask of an image of `size`, at the resolution `shape`; all masks are made here."""
     height, width = shape or size
     inside = Image.fromarray(np.ascontiguousarray(_crop(prediction, size)[..., 0], np.float32))
@@ -1694,7 +1706,7 @@ def choose_threshold(generator: ImageGenerator, predictions: Iterable[Array]) ->
     Masks are made as `results` makes them, but with at most 512 pixels on the long side. The choice
     is 0.3 to 0.7 in steps of 0.05; of equal ones the closest to 0.5.
     """
-    thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
+    thresholds = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)  # of equal ones the first
     dice = _measure_dice(generator, predictions, thresholds).mean(axis=0)
     return thresholds[int(np.argmax(dice))]
 
@@ -1712,7 +1724,7 @@ def _measure_dice(
         dice = []
         for threshold in thresholds:
             lesion.threshold = threshold
-            dice.append(score_masks(truth[..., 0] >= 128, _threshold(lesion, size, shape))["dice"])
+            dice.append(score_masks(truth[..., 0] >= 128, _make_mask(lesion, size, shape))["dice"])
         return dice
 
     _require(generator.mask_paths is not None, NEEDS_MASKS)
@@ -1744,7 +1756,7 @@ def fit_estimate(generator: ImageGenerator, predictions: Iterable[Array]) -> lis
 
 def _certainty(prediction: Predictions) -> float:
     """Soft Dice of mask and probabilities, less what its outline may cost a mask of its size."""
-    mask = _threshold(prediction, (prediction.shape[0], prediction.shape[1]))
+    mask = _make_mask(prediction, (prediction.shape[0], prediction.shape[1]))
     if not mask.any():
         return 0.0
     lesion = np.asarray(prediction, np.float64)[..., 0]
@@ -1808,8 +1820,9 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
 
 def _this_host() -> tuple[int, int]:
     """The number of this host, and the number of hosts."""
-    jax = sys.modules["jax"] if keras.backend.backend() == "jax" else None
-    return (jax.process_index(), jax.process_count()) if jax else (0, 1)
+    if keras.backend.backend() != "jax":
+        return 0, 1
+    return sys.modules["jax"].process_index(), sys.modules["jax"].process_count()
 
 
 @contextlib.contextmanager
@@ -1900,6 +1913,7 @@ def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> 
              f"{keras.__version__}: run pip install -r requirements.txt.")
     what = "is a folder" if Path(path).is_dir() else "there is no such file"
     _require(Path(path).is_file(), f"{path}: {what}; give a model file that save_model wrote.")
+    _require(os.access(path, os.R_OK), f"{path}: cannot be read: change its permissions.")
     whole = Path(path).suffix == ".keras" and zipfile.is_zipfile(path)
     _require(whole, f"{path}: not a .keras file, or truncated; give one that save_model wrote.")
     try:
@@ -2055,7 +2069,7 @@ def _split_ids(split: Sequence[Pairs]) -> dict[str, list[str]]:
 def stored_test_split(model: keras.Model, image_paths: Paths, mask_paths: Paths) -> Pairs:
     """Returns the test set that was held out when the model was trained, in its order."""
     ids = model_record(model).split.get("test", [])
-    _require(bool(ids), "The model file names no test set: score every image (with --all).")
+    _require(ids, "The model file names no test set: score every image (with --all).")
     found = {image_id(pair[0]): pair for pair in _zip_pairs(image_paths, mask_paths)}
     missing = [id_ for id_ in ids if id_ not in found]
     _require(not missing, f"{len(missing)} of its {len(ids)} test images are not among the "
@@ -2081,7 +2095,7 @@ Properties = Mapping[str, Mapping[str, Any]]  # {id: {property: value}}
 def restore_masks(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterator[Mask]:
     """Yields masks of `predictions`, `bool (height, width)` at the original resolution."""
     for lesion, (path, _) in zip(_checked(generator, predictions), generator.pairs, strict=True):
-        yield _threshold(lesion, _size_of(path))
+        yield _make_mask(lesion, _size_of(path))
 
 
 def _checked(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterator[Predictions]:
@@ -2206,7 +2220,8 @@ def _score_image(
     generator: ImageGenerator, output: Path | None, lesion: Predictions, pair: Pair, name: str
 ) -> dict[str, Any]:
     image_path, mask_path = pair
-    mask = _threshold(lesion, size := _size_of(image_path))
+    size = _size_of(image_path)
+    mask = _make_mask(lesion, size)
     scores: dict[str, Any] = {"id": name, "prediction": lesion}
     if mask_path is not None:
         _check_same_size(image_path, mask_path, generator.cache.fit_masks)
@@ -2308,10 +2323,10 @@ def read_scores(path: StrPath, ids: Iterable[str] = ()) -> list[dict[str, Any]]:
         scored = {row["id"] for row in rows if 0 <= float(row["dice"]) <= 1}
     except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise SegmentError(f"{path}: expected a scores.csv with id and dice ({error}).") from error
-    once, other = len(scored) == len(rows), scored.isdisjoint(ids := set(ids))
-    _require(once, f"{path} has {len(rows)} rows for {len(scored)} ids with a Dice of 0 to 1: "
-             "expected one each.")
-    _require(not (ids and other), f"{path} scores none of these {len(ids)} images.")
+    ids = set(ids)
+    _require(len(scored) == len(rows), f"{path} has {len(rows)} rows for {len(scored)} ids with a "
+             "Dice of 0 to 1: expected one each.")
+    _require(not ids or ids & scored, f"{path} scores none of these {len(ids)} images.")
     return rows
 
 
@@ -2323,7 +2338,7 @@ def compare_scores(scores: Scores, others: Scores) -> dict[str, Any]:
     """
     there = {row["id"]: float(row["dice"]) for row in others if "dice" in row}
     both = [row for row in scores if row["id"] in there and "dice" in row]
-    _require(bool(both), "No image has a Dice in both: compare scores of the same images.")
+    _require(both, "No image has a Dice in both: compare scores of the same images.")
     change = np.array([float(row["dice"]) - there[row["id"]] for row in both])
     lesions = [row.get("lesion", row["id"]) for row in both]
     _, numbers, counts = np.unique(lesions, return_inverse=True, return_counts=True)
@@ -2355,9 +2370,11 @@ def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]
     ids, best = set(ids), dict[str, dict[str, str]]()
     columns = rows[0] if rows else ()  # of two that fit equally, the one called image
     for column in sorted(columns, key=lambda name: not re.search("(?i)image|isic", name)):
-        others = {image_id(row.pop(column).strip().replace("\\", "/")): row
-                  for row in map(dict, rows)}
-        best = max(best, {id_: others[id_] for id_ in ids & {*others}}, key=len)
+        by_id = {image_id(row[column].strip().replace("\\", "/")): row for row in rows}
+        found = ids & by_id.keys()
+        if len(found) > len(best):
+            best = {id_: {name: cell for name, cell in by_id[id_].items() if name != column}
+                    for id_ in found}
     _require(any(best.values()), f"{path}: no column holds the id of one of these {len(ids)} "
              "images, beside columns about them.")
     if len(best) < len(ids):
@@ -2377,7 +2394,9 @@ def subgroups(scores: Scores, properties: Properties) -> list[dict[str, Any]]:
     for name in dict.fromkeys(itertools.chain(*properties.values())):
         known = [score for score in scores if name in properties.get(score["id"], ())]
         groups = _group(known, [properties[score["id"]][name] for score in known])
-        for group, chosen in groups.items() if 1 < len(groups) <= 20 else ():
+        if not 1 < len(groups) <= 20:
+            continue
+        for group, chosen in groups.items():
             dice = [float(score["dice"]) for score in chosen]
             interval = _mean_interval(dice, [score.get("lesion", score["id"]) for score in chosen])
             failures = sum(float(score["jaccard"]) < JACCARD_FAILURE for score in chosen)
@@ -2413,8 +2432,9 @@ def _report(summary: Mapping[str, Any]) -> str:
              f"{'':19}       mean     median    p10/p90    min/max   95 % interval"]
     names = (*METRICS, *DISTANCES, "estimated_dice", "dice_lower_bound")
     for name in filter(summary.__contains__, names):
-        unit, *worst = (" %", "p90", "max") if name in DISTANCES else ("", "p10", "min")
-        values = "".join(f"{summary[name][column]:11.6f}" for column in ("mean", "median", *worst))
+        unit, tail, end = (" %", "p90", "max") if name in DISTANCES else ("", "p10", "min")
+        columns = ("mean", "median", tail, end)
+        values = "".join(f"{summary[name][column]:11.6f}" for column in columns)
         interval = " to ".join(f"{bound:.4f}" for bound in summary[name]["ci95"] or ())
         lines.append(f"{name.replace('_', ' ') + unit:19}{values}  {interval}".rstrip())
     if failures is not None:
@@ -2469,12 +2489,11 @@ def plot_predictions(
     _require(len(indices) > 0, "indices is empty: expected at least one image to plot.")
     columns = 2 if generator.mask_paths is None else 3
     figure, axes = _subplots(len(indices), columns, width=8, height=0.4 + 2.2 * len(indices))
-    for row, i in enumerate(indices):
+    for i, cells in zip(indices, np.reshape(np.array(axes), (-1, columns)), strict=True):
         pictures = _pictures(generator, predictions[i].view(Predictions), generator.pairs[i])
         name, value = _shown_score(scores[i])
         titles = [scores[i]["id"], *list(pictures)[1:]]
         titles[-1] += f", {name} {value:.4f}"
-        cells = axes[columns * row : columns * (row + 1)]
         for cell, picture, title in zip(cells, pictures.values(), titles, strict=True):
             cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
             cell.set_title(title, fontsize="medium", parse_math=False)
@@ -2494,7 +2513,7 @@ def _pictures(generator: ImageGenerator, prediction: Predictions, pair: Pair) ->
     if pair[1] is not None:
         pictures["Target"] = frame[..., 3] >= 128
     height, width = pictures["Input"].shape[:2]
-    return {**pictures, "Prediction": _threshold(prediction, size, (height, width))}
+    return {**pictures, "Prediction": _make_mask(prediction, size, (height, width))}
 
 
 def _draw_contours(axes: Axes, pictures: Mapping[str, Array]) -> None:
@@ -2526,7 +2545,7 @@ def plot_history(history: History) -> Figure:
     """Plots accuracy, loss and Dice over the epochs, as far as the history of a record has them."""
     titles = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
     panels = [name for name in titles if history.get(name)]
-    _require(bool(panels), "The history holds no epoch: train the model first.")
+    _require(panels, "The history holds no epoch: train the model first.")
     figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
     epochs, scores = max(map(len, history.values())), _epoch_scores(history)
     best = epochs - len(scores) + int(np.argmax(scores)) + 1
@@ -2667,7 +2686,7 @@ def run_driver(
             print(f"Device: {device}")
             with sharing:
                 steps(options)
-            print(end="", flush=True)
+            print(end="", flush=True)  # a closed pipe is an error here rather than at exit
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130

@@ -523,7 +523,7 @@ def test_the_same_seed_gives_the_same_model_and_the_record_names_its_origin(
 def test_the_load_driver_predicts_as_the_train_driver_did(
     train: Run, load: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict, threshold = keras.Model.predict_on_batch, segment._threshold
+    predict, threshold = keras.Model.predict_on_batch, segment._make_mask
     batches: list[int] = []
     one_region: set[bool] = set()
 
@@ -536,7 +536,7 @@ def test_the_load_driver_predicts_as_the_train_driver_did(
         return threshold(prediction, *sizes)
 
     monkeypatch.setattr(keras.Model, "predict_on_batch", spy_predict)
-    monkeypatch.setattr(segment, "_threshold", spy_threshold)
+    monkeypatch.setattr(segment, "_make_mask", spy_threshold)
     train("--no-mirror", "--no-one-region", "--batch-size", "3", "--val-split", "0.3")
     assert (batches, one_region) == ([2, 3], {False})
     load()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,7 @@ def test_val_dir_replaces_the_random_split(
     assert cross_validate(tmp_path, "official", *given) == 2
     assert "would write among the images" in capsys.readouterr().err
     assert cross_validate(tmp_path, "out", *given) == 0
+    assert "5 images are in more than one part of the split, as copies" in capsys.readouterr().err
     for path in tmp_path.glob("out/fold*/model.keras"):
         split = segment.model_record(segment.load_model(path)).split
         assert split["val"] == [f"ISIC_77{i:05}" for i in range(5)]
@@ -207,3 +209,22 @@ def test_folds_of_another_run_are_not_mixed_with_new_ones(
     with pytest.raises(SystemExit):
         cross_validate(tmp_path, "out", "--folds", "2")
     assert "holds more folds, of another run: give a new folder" in capsys.readouterr().err
+
+
+def test_a_fold_without_a_model_is_not_left_out_silently(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(validated, tmp_path / "out")
+    (tmp_path / "out" / "fold2" / "model.keras").unlink()
+    images, masks = folders(tmp_path)
+    given = ["--image-dir", images, "--mask-dir", masks, "--output", str(tmp_path / "again")]
+    assert driver_load_evaluate.main([str(tmp_path / "out"), *given]) == 2
+    assert "fold2/model.keras: there is no such file" in capsys.readouterr().err
+
+
+def test_an_output_with_too_long_a_name_is_reported(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pairs(4)
+    assert cross_validate(tmp_path, "x" * 300) == 2
+    assert "File name too long" in capsys.readouterr().err

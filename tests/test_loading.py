@@ -334,7 +334,7 @@ def test_a_turned_mask_in_a_jpeg_may_be_only_nearly_0_and_255(tmp_path: Path) ->
     image, mask = draw_lesion((64, 48), 0)
     exif = Image.Exif()
     exif[0x0112] = 6
-    paths = [str(tmp_path / name) for name in ("a.jpg", "a_mask.jpg")]
+    paths = str(tmp_path / "a.jpg"), str(tmp_path / "a_mask.jpg")
     image.save(paths[0], exif=exif)
     mask.save(paths[1], exif=exif, quality=75)
     cache = segment.PairCache(0)

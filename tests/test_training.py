@@ -435,3 +435,16 @@ def test_a_backend_that_cannot_train_is_named(
     monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(segment.SegmentError, match="cannot train with numpy: set KERAS_BACKEND"):
         segment.train_model(tiny_network(SIZE), train, None, 1)
+
+
+def test_the_best_epoch_of_another_process_is_not_taken_over(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    train_from(tmp_path / "other", make_pairs, 1, seed=1)
+
+    class Replace(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_end(self, logs: Any = None) -> None:
+            shutil.copy(tmp_path / "other" / "best.keras", tmp_path / "run" / "best.keras")
+
+    with pytest.raises(segment.SegmentError, match=r"best\.keras belongs to .* another seed"):
+        train_from(tmp_path / "run", make_pairs, 1, callbacks=[Replace()])
