@@ -1102,7 +1102,7 @@ def _recast(model: keras.Model, dtype: str) -> keras.Model:
     def recast(layer: Any) -> Any:
         """A new layer with the same settings in the other dtype."""
         if not isinstance(layer, keras.Layer):  # but a flip, which has no dtype of its own
-            return layer
+            return type(layer).from_config(layer.get_config())
         end = isinstance(layer, (layers.Rescaling, layers.Activation, layers.Average))
         return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
 
@@ -1384,6 +1384,8 @@ def _check_training_files(save_path: Any, resume_path: Any, log_path: Any) -> No
         if path is not None:
             _check_file_to_write(path, suffix)
             _remove_leftovers(Path(path).parent)
+    both = resume_path is None or save_path is not None
+    _require(both, f"{resume_path} without save_path: name a file for the best epoch as well.")
     one = save_path and resume_path and Path(save_path).resolve() == Path(resume_path).resolve()
     _require(not one, f"{save_path} cannot hold both the best and the last epoch: name two files.")
 
@@ -1593,7 +1595,9 @@ def _map_ahead(function: Callable[..., Any], *columns: Iterable[Any], ahead: int
 
 def _settings(model: Models, **given: Any) -> tuple[list[keras.Model], ModelRecord]:
     """The models as a list, and the first record with the means of all and the given settings."""
-    models = [model] if isinstance(model, keras.Model) else list(model)
+    models: list[Any] = [model] if isinstance(model, keras.Model | str) else list(model)
+    wrong = [type(member).__name__ for member in models if not isinstance(member, keras.Model)]
+    _require(not wrong, f"Expected models, but got {_shorten(wrong)}: load them with load_model.")
     frames = sorted({str(member.input_shape[1:3]) for member in models})
     _require(len(frames) == 1, f"{len(models)} models take images of {len(frames)} sizes "
              f"({_shorten(frames)}): expected one size.")
@@ -1677,6 +1681,10 @@ def segment_image(model: Models, image: Any, *, threshold: float | None = None) 
 def _make_mask(prediction: Predictions, size: Size, shape: Size | None = None) -> Mask:
     """The mask of an image of `size`, at the resolution `shape`; all masks are made here."""
     height, width = shape or size
+    low, high = float(prediction.min()), float(prediction.max())
+    _require(low > -0.01 and high < 1.01, f"The predictions are {low:g} to {high:g}: expected "
+             "probabilities in 0..1, as predict returns them.")
+    _check_threshold(prediction.threshold)
     inside = Image.fromarray(np.ascontiguousarray(_crop(prediction, size)[..., 0], np.float32))
     lesion = np.asarray(inside.resize((width, height), Image.Resampling.BILINEAR))
     mask = lesion >= prediction.threshold
@@ -1743,10 +1751,10 @@ def fit_estimate(generator: ImageGenerator, predictions: Iterable[Array]) -> lis
     """
     lesions = list(_checked(generator, predictions))
     dice = _measure_dice(generator, lesions, [lesions[0].threshold])[:, 0]
-    if len(dice) < 100:
-        return []
     certainty = np.array(list(map(_certainty, lesions)))
     fitted, held_out = np.array_split(np.random.default_rng(0).permutation(len(dice)), 2)
+    if len(dice) < 100 or np.ptp(certainty[fitted]) == 0:  # as if all masks are empty
+        return []
     slope, offset = np.polyfit(certainty[fitted], dice[fitted], 1)
     estimate = (offset + slope * certainty).clip(0, 1)
     misses = np.sort(((estimate - dice) / (DOUBT + 1 - estimate))[held_out])
@@ -2161,7 +2169,7 @@ def results(
     if output:
         _write_table(output / "scores.csv", scores)
         with _written_whole(output / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(summary, indent=1, default=str), encoding="utf-8")
     _show_figures(_figures(test_generator, drawn, scores, num_imgs, history), output)
     if output:
         _write_page(output, summary, scores, thumbnails, history)
@@ -2337,6 +2345,8 @@ def compare_scores(scores: Scores, others: Scores) -> dict[str, Any]:
     are better), `"ci95"`, `"wilcoxon_p"`, `"wins"`, `"ties"`, `"losses"`, `"most_changed"` (ten).
     """
     there = {row["id"]: float(row["dice"]) for row in others if "dice" in row}
+    _require(len({row["id"] for row in others}) == len(others), "The other scores have an id twice:"
+             " expected one row for each.")
     both = [row for row in scores if row["id"] in there and "dice" in row]
     _require(both, "No image has a Dice in both: compare scores of the same images.")
     change = np.array([float(row["dice"]) - there[row["id"]] for row in both])

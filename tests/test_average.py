@@ -112,3 +112,14 @@ def test_networks_of_different_frames_are_refused() -> None:
     models = [tiny_network(SIZE), tiny_network((32, 32))]
     with pytest.raises(segment.SegmentError, match="expected one size"):
         segment.average_models(models)
+
+
+def test_averages_of_averages_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
+    first, second, third = (tiny_network(SIZE, num_filters=n) for n in (1, 2, 3))
+    inner = segment.average_models([first, second])
+    parts = [segment.average_models([inner, other]) for other in (third, inner)]
+    outer = segment.average_models(parts)
+    segment.save_model(outer, tmp_path / "m.keras")
+    images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    loaded = segment.load_model(tmp_path / "m.keras").predict(images, verbose=0)
+    np.testing.assert_allclose(loaded, outer.predict(images, verbose=0), atol=1e-6)

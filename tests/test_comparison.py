@@ -197,3 +197,9 @@ def test_images_without_masks_are_not_compared(run: Run, make_pairs: MakePairs) 
     with pytest.raises(segment.SegmentError, match="This needs masks"):
         segment.results(generator, untouched, compare=scores)
     assert len(list(untouched)) == 5
+
+
+def test_an_id_that_occurs_twice_is_not_compared() -> None:
+    rows = [{"id": "x", "dice": 0.9}, {"id": "x", "dice": 0.1}]
+    with pytest.raises(segment.SegmentError, match="have an id twice: expected one row"):
+        segment.compare_scores(rows[:1], rows)

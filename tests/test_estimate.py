@@ -154,3 +154,8 @@ def test_a_resized_mask_is_scored_as_in_the_results(tmp_path: Path) -> None:
     predictions = generator[0][1].astype(np.float32)
     (score,) = segment.results(generator, predictions)
     assert segment._measure_dice(generator, predictions, [0.5]) == pytest.approx(score["dice"])
+
+
+def test_empty_masks_fit_no_estimate(discs: Discs) -> None:
+    generator, predictions = discs(100)
+    assert segment.fit_estimate(generator, np.zeros_like(predictions)) == []

@@ -218,3 +218,10 @@ def test_a_batch_is_never_larger_than_the_number_of_images(make_pairs: MakePairs
     batches = segment.create_generator(images, image_size=(16, 16), batch_size=10**9)
     model = segment.create_model((16, 16), num_filters=1)
     assert segment.predict(model, batches, verbose=0).shape == (2, 16, 16, 1)
+
+
+def test_what_is_not_a_model_is_named(make_pairs: MakePairs) -> None:
+    generator = segment.create_generator(*make_pairs(2), image_size=SIZE)
+    for model in ("unet.keras", [Path("unet.keras")], generator):
+        with pytest.raises(segment.SegmentError, match=r"Expected models, but got .*: load them"):
+            segment.predict(model, generator)

@@ -483,3 +483,25 @@ def test_too_few_predictions_are_refused_before_anything_is_written(
     with pytest.raises(segment.SegmentError, match="too few, too many or of shape"):
         segment.results(generator, predictions[:4], output_dir=tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -3.0, 255.0])
+def test_what_is_no_probability_is_refused(make_pairs: MakePairs, wrong: float) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    predictions[1, 0, 0] = wrong
+    with pytest.raises(segment.SegmentError, match=r"predictions are \S+ to \S+: expected prob"):
+        segment.results(generator, predictions)
+
+
+def test_a_threshold_in_per_cent_is_refused(make_pairs: MakePairs) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    with pytest.raises(segment.SegmentError, match="threshold is 30: expected a probability"):
+        segment.results(generator, with_threshold(predictions, 30))
+
+
+def test_notes_of_any_kind_are_written(make_pairs: MakePairs, tmp_path: Path) -> None:
+    generator, predictions = prepare(make_pairs, 2)
+    notes = {"rate": np.float32(0.5), "folder": tmp_path}
+    segment.results(generator, predictions, output_dir=tmp_path, notes=notes)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["rate"], summary["folder"]) == ("0.5", str(tmp_path))

@@ -448,3 +448,9 @@ def test_the_best_epoch_of_another_process_is_not_taken_over(
 
     with pytest.raises(segment.SegmentError, match=r"best\.keras belongs to .* another seed"):
         train_from(tmp_path / "run", make_pairs, 1, callbacks=[Replace()])
+
+
+def test_a_checkpoint_needs_a_file_for_the_best_epoch(make_pairs: MakePairs) -> None:
+    train = segment.create_generator(*make_pairs(2), image_size=SIZE)
+    with pytest.raises(segment.SegmentError, match=r"last\.keras without save_path: name a file"):
+        segment.train_model(new_model(), train, None, 1, resume_path="last.keras")
