@@ -1416,7 +1416,7 @@ def _record_training(
         counts = Counter(os.path.realpath(image) for images, _ in split for image in images)
         twice = [image for image, count in counts.items() if count > 1]
         _require(not twice, f"{_shorten(twice)}: in more than one part of the split; keep one.")
-        digests = [{*map(_digest, images)} - {b""} for images, _ in split]
+        digests = [{*map(_digest, images)} for images, _ in split]
         if copies := sum(map(len, digests)) - len(set.union(*digests)):
             warnings.warn(f"{copies} images are in more than one part of the split, as copies: "
                           "remove them from one folder.", stacklevel=3)
