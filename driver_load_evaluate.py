@@ -95,7 +95,7 @@ def load_evaluate(options: argparse.Namespace) -> None:
         bfloat16 = False
     files = list[str | Path]()
     for model in options.models or [segment.PRETRAINED]:
-        folds = sorted(Path(model).glob("fold*/"))
+        folds = sorted(Path(model).glob("fold[0-9]*/"))
         files += [fold / "model.keras" for fold in folds] or [model]
     models = [segment.load_model(file, bfloat16=bfloat16) for file in files]
     record = segment.model_record(models[0])
