@@ -1937,7 +1937,7 @@ def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> 
         reason = str(error).strip().split("\n")[0]
         raise SegmentError(f"{path}: not a whole, safe Keras 3 model file ({reason}).") from error
     fits = shapes[0][3:] == (3,) and shapes[1] == (*shapes[0][:3], 1) and None not in shapes[0][1:]
-    fits = fits and hasattr(model.output, "shape")  # unlike a dictionary
+    fits = fits and not isinstance(model.output, dict)  # whose shape Keras gives all the same
     _require(fits, f"{path} maps {shapes[0]} to {shapes[1]}: expected (None, height, width, 3) to "
              "(None, height, width, 1), as create_model makes it.")
     if not bfloat16 and (bfloat16 is False or not _native_bfloat16()):

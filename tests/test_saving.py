@@ -287,3 +287,14 @@ def test_a_model_with_a_dictionary_of_outputs_is_refused(tmp_path: Path) -> None
     keras.Model(model.input, {"lesion": model.output}).save(tmp_path / "m.keras")
     with pytest.raises(segment.SegmentError, match=r"m\.keras maps .*: expected \(None, height"):
         segment.load_model(tmp_path / "m.keras")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_model_with_a_sequence_of_one_output_is_loaded(tmp_path: Path, kind: type) -> None:
+    model = small_model()
+    keras.Model([model.input], kind([model.output])).save(tmp_path / "m.keras")
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    expected = segment.segment_image(model, image)
+    assert 0 < expected.mean() < 1
+    loaded = segment.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(segment.segment_image(loaded, image), expected)
