@@ -278,7 +278,9 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     _require(os.path.isdir(folder), f"{folder} is not a folder: give the folder of the files.")
     paths, ignored, walked = dict[str, str](), Counter[str](), set[str]()
     for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        results = {"scores.csv", "summary.json"} <= {*names} or _holds_findings(parent)
+        table = Path(parent, "findings.csv")  # with which each run of a driver begins
+        header = table.read_text(errors="replace").split("\n")[0] if table.is_file() else ""
+        results = header == ",".join(Finding._fields) or {"scores.csv", "summary.json"} <= {*names}
         _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
                  "run among its images: move them to a folder of their own.")
         real = os.path.realpath(parent)
@@ -302,13 +304,6 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     if counts:
         warnings.warn(f"{folder}: ignored what cannot be read: {counts}.", stacklevel=3)
     return dict(sorted(paths.items(), key=lambda item: item[1]))
-
-
-def _holds_findings(folder: str) -> bool:
-    """Whether a folder has the table with which each run of a driver begins."""
-    with contextlib.suppress(OSError, ValueError), open(f"{folder}/findings.csv") as file:
-        return file.readline() == ",".join(Finding._fields) + "\n"
-    return False
 
 
 def _refuse(error: OSError) -> None:
@@ -387,17 +382,11 @@ def _decode(
             box = np.max([letterbox(size, frame or size)[2:] for frame in frames], axis=0)
             height, width = box if size == (image.height, image.width) else box[::-1]
             image.draft("RGB", (int(1.9 * width), int(1.9 * height)))
-        format_, turn = image.format, TURNS[_orientation(image)]
+        lossy, turn = image.format in ("JPEG", "MPO"), TURNS[_orientation(image)]
         if turn is not None:  # as ImageOps.exif_transpose, which stumbles over odd EXIF tags
             image = image.transpose(Image.Transpose(turn))
-            image.format = format_
-        grey = _to_rgb(image).convert("L") if soft else None
-        if not mask:
-            image = _to_rgb(image)
-        elif grey and grey.getextrema()[1] not in (1, grey.getextrema()[0]):
-            image = grey
-        else:  # or a soft mask of 0 and 1, or of one colour, whose alpha channel may vary
-            image = _to_black_and_white(image, {} if notes is None else notes)
+        notes = {} if notes is None else notes
+        image = _to_mask(image, notes, lossy, soft) if mask else _to_rgb(image)
         fitted = [np.atleast_3d(np.asarray(_fit(image, size, frame))) for frame in frames]
     return [(levels >= 128) * np.uint8(255) for levels in fitted] if mask and not soft else fitted
 
@@ -406,9 +395,9 @@ def _decode(
 def _open_image(path: StrPath) -> Iterator[Image.Image]:
     """Opens an image; what fails inside the block is an error that names the file."""
     try:
+        _require(os.path.exists(path), "there is no such file.")
         with open(path, "rb") as file:
-            start = file.read(12)
-            file.seek(0)
+            start = file.peek(12)
             heic, jpeg = start[4:8] == b"ftyp", start[:2] == b"\xff\xd8"
             _require(not heic, "is a HEIC or AVIF file by content: convert it to JPEG.")
             # Image.open has a limit of 179 megapixels; a JPEG is decoded at a reduced scale.
@@ -419,8 +408,6 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
             yield image
     except SegmentError as error:
         raise SegmentError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise SegmentError(f"{path}: there is no such file.") from None
     except Exception as error:  # a damaged file can fail in any way
         what = f"{path}: cannot be read as an image ({error})"
         raise SegmentError(f"{what}: replace the file or leave it out.") from error
@@ -472,11 +459,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_black_and_white(image: Image.Image, notes: dict[str, str]) -> Image.Image:
-    """Returns a mask with the grey levels 0 and 255, or names the values that it holds."""
-    lossy = image.format in ("JPEG", "MPO")
+def _to_mask(image: Image.Image, notes: dict[str, str], lossy: bool, soft: bool) -> Image.Image:
+    """Returns a mask of 0 and 255, or a soft one as it is; an error names the values of others."""
     if image.mode == "L" and not lossy and not any(image.histogram()[1:255]):
         return image  # as nearly all masks are
+    if soft:
+        shades = _to_rgb(image).convert("L")
+        if shades.getextrema()[1] not in (1, shades.getextrema()[0]):  # or alpha may hold the mask
+            return shades
     if image.has_transparency_data:
         return _by_alpha(image.convert("RGBA"), notes)
     grey = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
@@ -512,7 +502,7 @@ def _by_alpha(image: Image.Image, notes: dict[str, str]) -> Image.Image:
     """The mask in the alpha channel if the colours are constant, or in the colours if alpha is."""
     colors, alpha = image.convert("RGB"), image.getchannel("A")
     varied = [part for part in (colors, alpha) if part.getcolors(1) is None] or [colors]
-    masks = [_to_black_and_white(part, notes) for part in varied]
+    masks = [_to_mask(part, notes, lossy=False, soft=False) for part in varied]
     _require(masks[0].tobytes() == masks[-1].tobytes(),
              "its colours and its alpha channel hold two different masks: keep one.")
     if varied == [alpha]:
@@ -525,11 +515,9 @@ def _fit(image: Image.Image, size: Size, image_size: Size | None) -> Image.Image
     if image_size is None:
         return image.resize(size[::-1])
     top, left, height, width = letterbox(size, image_size)
-    frame = Image.new(image.mode, (image_size[1], image_size[0]))
     # Pillow's bilinear filter covers all source pixels; to average blocks first is faster.
-    filter_ = Image.Resampling.BILINEAR
-    frame.paste(image.resize((width, height), filter_, reducing_gap=2), (left, top))
-    return frame
+    image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2)
+    return image.crop((-left, -top, image_size[1] - left, image_size[0] - top))  # black around it
 
 
 class PairCache:
@@ -741,14 +729,6 @@ def _digest(path: StrPath) -> bytes:
     return b""
 
 
-def _check_masks_vary(kinds: Mapping[str, int], count: int) -> None:
-    """Refuses to train on masks of which nearly all are empty, full or equal."""
-    blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"] + 1
-    for number, what in ((blank, "empty or full"), (same, "equal")):
-        _require(number < max(3, 0.9 * count), f"{number} of {count} masks are {what}: export "
-                 "each mask again, in black and white, without transparency.")
-
-
 def usable_pairs(
     image_paths: Paths, mask_paths: Paths | None = None, *, skip_bad: bool = False,
     training: bool = False, findings: Sequence[Finding] = (), output_dir: StrPath | None = None,
@@ -765,21 +745,22 @@ def usable_pairs(
     if output_dir is not None:
         rows = [finding._asdict() for finding in findings]
         _write_table(Path(output_dir) / "findings.csv", rows, Finding._fields)
+    pairs, kinds = _zip_pairs(image_paths, mask_paths or None), Counter(f.kind for f in new)
     bad = {finding.path: finding.what for finding in new if finding.severity == "error"}
     listed = "".join(f"\n  {what}" for what in bad.values())
-    all_bad = len(bad) == len(image_paths)
-    _require(not all_bad, f"None of the images can be used: fix the files.{listed}")
-    _require(not bad or skip_bad, f"{len(bad)} of {len(image_paths)} images cannot be used: fix "
-             f"the files, or leave them out with --skip-bad (skip_bad=True).{listed}")
-    kinds = Counter(finding.kind for finding in new)
-    if training:
-        _check_masks_vary(kinds, len(image_paths))
+    _require(len(bad) < len(pairs), f"None of the images can be used: fix the files.{listed}")
+    _require(not bad or skip_bad, f"{len(bad)} of {len(pairs)} images cannot be used: fix the "
+             f"files, or leave them out with --skip-bad (skip_bad=True).{listed}")
+    blank, same = kinds["empty masks"] + kinds["full masks"], kinds["duplicate masks"] + 1
+    for number, what in ((blank, "empty or full"), (same, "equal")):
+        _require(not training or number < max(3, 0.9 * len(pairs)), f"{number} of {len(pairs)} "
+                 f"masks are {what}: export each mask again, in black and white, without "
+                 "transparency.")
     for kind, count in kinds.items():
         first = next(finding for finding in new if finding.kind == kind)
         left_out = "left out: " if first.severity == "error" else ""
         several = f"{kind}: {count} files, first " if count > 1 else ""
         warnings.warn(f"{left_out}{several}{first.what}", stacklevel=2)
-    pairs = _zip_pairs(image_paths, mask_paths or None)
     return *_unzip([[pair for pair in pairs if pair[0] not in bad]]), findings
 
 
