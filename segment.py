@@ -1078,16 +1078,15 @@ def create_model(
     return _recast(model, "mixed_bfloat16") if bfloat16 else model
 
 
-def _recast(model: keras.Model, dtype: str) -> keras.Model:
+def _recast(model: keras.Model, dtype: str, name: str | None = None) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
     def recast(layer: Any) -> Any:
-        """A new layer with the same settings in the other dtype."""
         if not isinstance(layer, keras.Layer):  # but a flip, which has no dtype of its own
             return type(layer).from_config(layer.get_config())
         end = isinstance(layer, (layers.Rescaling, layers.Activation, layers.Average))
         return type(layer).from_config({**layer.get_config(), "dtype": "float32" if end else dtype})
 
-    network = keras.Model(model.inputs[0], model.outputs[0], name=model.name)  # not compiled
+    network = keras.Model(model.inputs[0], model.outputs[0], name=name or model.name)  # uncompiled
     copy = keras.models.clone_model(network, clone_function=recast, recursive=True)
     copy.set_weights(model.get_weights())
     return copy
@@ -1103,8 +1102,7 @@ def _context_pathway(x: Tensor, num_filters: int, dropout: float) -> list[Tensor
     features = []
     for level in range(1, 6):
         name, filters = f"level{level}_context", num_filters * 2 ** (level - 1)
-        strides = 1 if level == 1 else 2
-        x = _convolution(filters, 3, strides=strides, name=f"level{level}_conv")(x)
+        x = _convolution(filters, 3, strides=min(level, 2), name=f"level{level}_conv")(x)
         y = _convolution(filters, 3, name=f"{name}1_conv")(_norm_relu(x, f"{name}1"))
         y = layers.SpatialDropout2D(dropout, name=f"{name}_dropout", **NHWC)(y)
         y = _convolution(filters, 3, name=f"{name}2_conv")(_norm_relu(y, f"{name}2"))
@@ -1323,26 +1321,29 @@ def train_model(
     _check_training_files(save_path, resume_path, log_path)
     _compile(model)
     _record_training(model_record(model), train_generator, learning_rate, split)
-    end = _count_epochs(model) + epochs
-    score = _resume(model, resume_path, save_path, resume)
+    end = len(model_record(model).history.get("loss", ())) + epochs
+    if resume_path is not None and not resume:
+        Path(resume_path).unlink(missing_ok=True)
+    resumed = _resume(model, resume_path, save_path)
+    start = len(model_record(model).history.get("loss", ()))
     schedule = keras.callbacks.LearningRateScheduler(
-        lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2
-    )
+        lambda epoch, _: learning_rate * (1 + math.cos(math.pi * epoch / end)) / 2)
     with tempfile.TemporaryDirectory() as folder, _fused_norms(model):
         path = save_path or f"{folder}/best.keras"
-        best = _BestCheckpoint(train_generator, path, log_path, resume_path, score)
+        if start and not resumed:
+            save_model(model, path)  # a continued model is the best so far
+        best = _BestCheckpoint(train_generator, path, log_path, resume_path, saved=start > 0)
         try:
-            return model.fit(
-                train_generator, validation_data=val_generator, verbose=verbose,
+            return model.fit(  # generators shuffle
+                train_generator, validation_data=val_generator, shuffle=False, verbose=verbose,
                 callbacks=[keras.callbacks.TerminateOnNaN(), schedule, best, *callbacks],
-                initial_epoch=_count_epochs(model), epochs=end, shuffle=False,  # generators shuffle
-            )  # fmt: skip
+                initial_epoch=start, epochs=end)
         except Exception as error:  # TensorFlow quotes that of a generator in one of its own
             if quoted := re.search("SegmentError: (.+)", str(error)):
                 raise SegmentError(quoted[1]) from error
             raise
         finally:
-            if best.score is not None:  # or there is no file to restore it from
+            if best.saved:
                 with zipfile.ZipFile(path) as archive:  # which another process may have replaced
                     _check_same_training(path, _read_record(path, archive), model_record(model))
                 model.load_weights(path)
@@ -1407,32 +1408,21 @@ def _record_training(
             record.origin[f"sha256_of_{kind}"] = hashlib.sha256(content).hexdigest()
 
 
-def _count_epochs(model: keras.Model) -> int:
-    return len(model_record(model).history.get("loss", ()))
-
-
-def _resume(
-    model: keras.Model, path: StrPath | None, best_path: StrPath | None, resume: bool
-) -> float | None:
-    """Loads weights, optimizer and record of an interrupted training; returns its best score."""
-    if path is not None and not resume:
-        Path(path).unlink(missing_ok=True)
-    if path is None or not Path(path).exists():
-        return None
+def _resume(model: keras.Model, path: StrPath | None, best_path: StrPath | None) -> bool:
+    """Loads weights, optimizer and record of an interrupted training, if there is one."""
+    if path is None or best_path is None or not Path(path).exists():
+        return False
     before, record = model_record(_load_same_network(path, model)), model_record(model)
     _check_same_training(path, before, record)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     before.origin |= record.origin
     model.record = before
-    if best_path is None:
-        return None
     best = model_record(load_model(best_path)) if Path(best_path).exists() else ModelRecord()
-    scores = _epoch_scores(best.history)
-    _require(scores, f"{best_path} does not hold the best epoch of the training in {path}: "
+    _require(best.history, f"{best_path} does not hold the best epoch of the training in {path}: "
              "give the file that does, or start from scratch.")
     _check_same_training(best_path, best, before)
-    return max(scores)
+    return True
 
 
 def _check_same_training(path: StrPath, before: ModelRecord, record: ModelRecord) -> None:
@@ -1450,18 +1440,11 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
 
     def __init__(
         self, train_generator: Any, path: StrPath, log_path: StrPath | None = None,
-        resume_path: StrPath | None = None, score: float | None = None
+        resume_path: StrPath | None = None, saved: bool = False
     ) -> None:
         super().__init__()
-        self.train_generator, self.score = train_generator, score  # of the epoch in the best file
+        self.train_generator, self.saved = train_generator, saved  # whether the best file is ours
         self.path, self.log_path, self.resume_path = path, log_path, resume_path
-
-    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        """Treats a continued model as the best so far, unless it is being resumed."""
-        earlier = _epoch_scores(model_record(self.model).history)
-        if self.score is None and earlier:
-            self._save_best(max(earlier))
-        self._write_log()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         """Derives the randomness of generator and dropout from the number of the epoch."""
@@ -1472,33 +1455,25 @@ class _BestCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
                 layer.seed_generator.state.assign([(seed + i) % 2**32, epoch * 2**20 % 2**32])
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float]) -> None:
-        """Records the epoch, and saves it if it is the best."""
+        """Records the epoch, saves it if it is the best, and then as the last one."""
         loss = logs["loss"] + logs.get("val_loss", 0.0)
         _require(math.isfinite(loss), f"The loss became {loss} in epoch {epoch + 1}, where "
                  f"training stopped: try a learning rate below {logs['learning_rate']:g}.")
-        record, scored = model_record(self.model), {BEST, "val_loss"}
-        if scored & record.history.keys() != scored & logs.keys():
-            self.score = None  # earlier epochs are not comparable
+        record = model_record(self.model)
         # A curve that ended is dropped, or its end would be taken for its beginning.
-        record.history = {name: [*record.history.get(name, ()), logs[name]] for name in logs}
-        score = _epoch_scores(record.history)[-1]
-        if self.score is None or score > self.score:
-            self._save_best(score)
-        if self.resume_path is not None:
-            save_model(self.model, self.resume_path)
-        self._write_log()
-
-    def _save_best(self, score: float) -> None:
-        save_model(self.model, self.path)
-        self.score = score  # only now is there a file to restore it from
-
-    def _write_log(self) -> None:
-        history = model_record(self.model).history
-        if self.log_path is not None and history:
+        history = {name: [*record.history.get(name, ()), logs[name]] for name in logs}
+        record.history = history
+        *earlier, score = _epoch_scores(history)
+        if score > max(earlier, default=-math.inf):
+            save_model(self.model, self.path)
+            self.saved = True  # only now is there a file to restore it from
+        if self.log_path is not None:
             # All curves end with the last epoch; one that began later is empty before it.
             backwards = itertools.zip_longest(*map(reversed, history.values()), fillvalue="")
             rows = [dict(zip(history, row, strict=True)) for row in reversed([*backwards])]
             _write_table(Path(self.log_path), [{"epoch": i, **row} for i, row in enumerate(rows)])
+        if self.resume_path is not None:  # last, so that a killed epoch is done again with its log
+            save_model(self.model, self.resume_path)
 
 
 def _epoch_scores(history: Mapping[str, Sequence[float]]) -> list[float]:
@@ -1557,8 +1532,7 @@ def predict_each(
         full = np.pad(batch[..., :3], ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
         lesions = _predict_batch(models, full, record.mirror, once=len(images.pairs) == 1)
         progress.add(1)
-        for lesion in lesions[: len(batch)]:
-            yield _remember(lesion, record)
+        yield from _remember(lesions[: len(batch)], record)
 
 
 def _map_ahead(function: Callable[..., Any], *columns: Iterable[Any], ahead: int) -> Iterator[Any]:
@@ -1624,8 +1598,7 @@ def average_models(models: Sequence[keras.Model]) -> keras.Model:
     record.split = {part: sorted(join(*(set(r.split.get(part, ())) for r in records)))
                     for part, join in joins.items()}
     record.origin, record.history = {"models": [record.origin for record in records]}, {}
-    networks = [_recast(keras.Model(model.inputs[0], model.outputs[0], name=f"model{i}"), "float32")
-                for i, model in enumerate(models, 1)]
+    networks = [_recast(model, "float32", f"model{i}") for i, model in enumerate(models, 1)]
     image = keras.Input(models[0].input_shape[1:], name="image")
     lesions = []
     for view in range(len(networks) * math.ceil(len(FLIPS) / len(networks))):
@@ -1705,7 +1678,6 @@ def _measure_dice(
 ) -> NDArray[np.float64]:
     """The Dice of each image at each threshold, `(N, thresholds)`."""
     def measure(lesion: Predictions, pair: Pair) -> list[float]:
-        """The Dice of one image at each threshold."""
         size = _size_of(pair[0])
         side = min(512, max(size))
         shape, soft = letterbox(size, (side, side))[2:], generator.cache.soft_masks
@@ -1929,9 +1901,8 @@ def load_model(path: StrPath = PRETRAINED, *, bfloat16: bool | None = False) -> 
 
 
 def _native_bfloat16() -> bool:
-    with contextlib.suppress(OSError):  # only Linux lists what the processor can do
-        return "GPU" in describe_device() or "_bf16" in Path("/proc/cpuinfo").read_text()
-    return False
+    linux = Path("/proc/cpuinfo")  # only there, what the processor can do is listed
+    return "GPU" in describe_device() or (linux.exists() and "_bf16" in linux.read_text())
 
 
 def _seconds_per_batch(model: keras.Model) -> float:
@@ -1949,7 +1920,6 @@ def _check_declared_size(path: StrPath, archive: zipfile.ZipFile) -> None:
     config.pop("compile_config", None)
 
     def count_weights() -> int:
-        """The number of weights that the file declares."""
         with keras.StatelessScope(initialize_variables=False):  # takes no memory for them
             return int(keras.saving.deserialize_keras_object(config).count_params())
 

@@ -298,7 +298,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(
     make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, log = train_from(tmp_path / "whole", make_pairs, 2)
-    real, kills = segment._written_whole, iter((4, 3))
+    real, kills = segment._written_whole, iter((4, 2))
     writes: list[int] = []
 
     def killed(path: Any) -> Any:  # before the first, the second, ... file of a run is written
