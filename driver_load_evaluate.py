@@ -8,12 +8,12 @@ synthetic sample.
 
 import argparse
 import contextlib
-import functools
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 SAMPLE = Path(__file__).parent / "images" / "sample"
@@ -21,7 +21,7 @@ SAMPLE = Path(__file__).parent / "images" / "sample"
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    flag = argparse.BooleanOptionalAction
+    flag, positive_int = argparse.BooleanOptionalAction, partial(non_negative_int, least=1)
     parser.add_argument("models", nargs="*", metavar="MODEL",
         help=".keras files, or the folder of --folds (default: the pretrained model)")
     add = parser.add_argument_group("data").add_argument
@@ -64,9 +64,6 @@ def non_negative_int(text: str, least: int = 0) -> int:
     return int(text)
 
 
-positive_int = functools.partial(non_negative_int, least=1)
-
-
 def load_evaluate(options: argparse.Namespace) -> None:
     import segment
 
@@ -90,9 +87,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
         segment.save_figure(segment.plot_image_sizes(sizes), output / "image_sizes.png")
 
     # 4. Load the trained model and select its test set. Of several, the mean segments every image
-    bfloat16 = options.bfloat16
-    if bfloat16 is None and len(images) < 100:  # too few to time both ways of computing
-        bfloat16 = False
+    few = len(images) < 100  # too few to time both ways of computing
+    bfloat16 = False if few and options.bfloat16 is None else options.bfloat16
     files = list[str | Path]()
     for model in options.models or [segment.PRETRAINED]:
         folds = sorted(Path(model).glob("fold[0-9]*/"))

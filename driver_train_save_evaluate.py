@@ -6,12 +6,12 @@ training log, the scores, the figures and the predicted masks.
 
 import argparse
 import contextlib
-import functools
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 SAMPLE = Path(__file__).parent / "images" / "sample"
@@ -22,7 +22,7 @@ SEVERAL_HOSTS = "KERAS_DISTRIBUTION_NUM_PROCESSES"  # of Keras
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    flag = argparse.BooleanOptionalAction
+    flag, positive_int = argparse.BooleanOptionalAction, partial(non_negative_int, least=1)
     add = parser.add_argument_group("data").add_argument
     add("--image-dir", metavar="DIR", help="images (default: the sample)")
     add("--mask-dir", metavar="DIR", help="their masks (default: those of the sample)")
@@ -99,9 +99,6 @@ def non_negative_int(text: str, least: int = 0) -> int:
     return int(text)
 
 
-positive_int = functools.partial(non_negative_int, least=1)
-
-
 def train_save_evaluate(options: argparse.Namespace) -> None:
     import keras
 
@@ -109,8 +106,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     if options.deterministic:
         segment.make_deterministic()
-    output, (height, width) = Path(options.output), options.image_size
-    twice = (2 * height, 2 * width)  # from which augmentation zooms in
+    output = Path(options.output)
+    twice = tuple(2 * side for side in options.image_size)  # from which augmentation zooms in
     cache = segment.PairCache(0 if options.cache else 2**31, options.cache,
                               fit_masks=options.fit_masks, soft_masks=options.soft_masks)
 
@@ -122,7 +119,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         findings += segment.unpaired_files(image_dir, mask_dir)
         images, masks, findings = segment.usable_pairs(
             images[: options.subset], masks[: options.subset], skip_bad=options.skip_bad,
-            training=True, image_sizes=[twice, (height, width)], cache=cache, findings=findings,
+            training=True, image_sizes=[twice, options.image_size], cache=cache, findings=findings,
             output_dir=output, verbose=int(os.isatty(1)))
         sets.append((images, masks))
         print(f"{len(images)} pairs in {image_dir}")
@@ -144,8 +141,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
     if options.folds:
         splits = segment.cross_validation_splits(images, masks, options.folds, **draw)
     else:
-        part = options.test_split
-        splits = [segment.train_val_test_split(images, masks, test_split=part, **draw)]
+        draw["test_split"] = options.test_split
+        splits = [segment.train_val_test_split(images, masks, **draw)]
     images, masks = ([path for *_, test in splits for path in test[i]] for i in (0, 1))
     ids = list(map(segment.image_id, images))  # tables of other images stop it before the training
     others = segment.read_scores(options.compare, ids) if options.compare and ids else ()
@@ -153,7 +150,6 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}
-    how = {"mirror": options.mirror, "one_region": options.one_region}
     predictions = list[segment.Predictions]()
     for fold, (train, val, test) in enumerate(splits, 1):
         folder = output / f"fold{fold}" if options.folds else output
@@ -183,14 +179,14 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
             model, train_generator, val_generator, options.epochs, split=(train, val, test),
             learning_rate=options.learning_rate, save_path=path, resume=options.resume,
             resume_path=checkpoint, log_path=folder / "training.csv")
-        threshold, estimate = options.threshold, None
+        settings = {name: getattr(options, name) for name in ("mirror", "one_region", "threshold")}
         if val_generator is not None:
-            validated = segment.predict(model, val_generator, **how)
-            threshold = threshold or segment.choose_threshold(val_generator, validated)
-            validated.threshold = threshold
-            estimate = segment.fit_estimate(val_generator, validated)
-        segment.save_model(model, path, threshold=threshold, estimate=estimate,
-                           optimizer=options.optimizer, **how)
+            validated = segment.predict(model, val_generator, **settings)
+            if options.threshold is None:
+                validated.threshold = segment.choose_threshold(val_generator, validated)
+            settings |= {"threshold": validated.threshold,
+                         "estimate": segment.fit_estimate(val_generator, validated)}
+        segment.save_model(model, path, optimizer=options.optimizer, **settings)
         print(f"Saved {path}")
 
         # 8. Predict the test set
@@ -237,8 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return segment.run_driver(
-        train_save_evaluate, options, startup=quiet_startup, devices=options.devices)
+    return segment.run_driver(train_save_evaluate, options, startup=quiet_startup)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,8 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     """Lists images by path without links to folders; warns of what else a user may take for one."""
     _require(os.path.isdir(folder), f"{folder} is not a folder: give the folder of the files.")
     paths, ignored, walked = dict[str, str](), Counter[str](), set[str]()
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    errors = list[OSError]()
+    for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         table = Path(parent, "findings.csv")  # with which each run of a driver begins
         header = table.read_text(errors="replace").split("\n")[0] if table.is_file() else ""
         results = header == ",".join(Finding._fields) or {"scores.csv", "summary.json"} <= {*names}
@@ -296,6 +297,7 @@ def _list_images(folder: StrPath) -> dict[str, str]:
                 paths[os.path.join(real, name)] = path
             elif other or (image and not os.path.exists(path)):
                 ignored[other[1].lower() if other else "broken links"] += 1
+    _require(not errors, " ".join(f"{e.filename}: cannot be read ({e.strerror})." for e in errors))
     counts = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common())
     _require(paths, f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
@@ -304,10 +306,6 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     if counts:
         warnings.warn(f"{folder}: ignored what cannot be read: {counts}.", stacklevel=3)
     return dict(sorted(paths.items(), key=lambda item: item[1]))
-
-
-def _refuse(error: OSError) -> None:
-    raise SegmentError(f"{error.filename}: cannot be read ({error.strerror}).")
 
 
 def _is_mask(path: StrPath) -> bool:
@@ -341,11 +339,7 @@ def _check_image_size(image_size: Size, divisor: int = 1) -> Size:
 
 
 def letterbox(size: Size, image_size: Size) -> tuple[int, int, int, int]:
-    """Returns the box `(top, left, height, width)` in pixels of an image inside a frame.
-
-    Loading resizes an image of `size` to the box, and `restore_masks` crops the box and resizes it
-    to the image.
-    """
+    """Returns the box `(top, left, height, width)` in pixels of an image of `size` in a frame."""
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
     return (image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width
@@ -616,7 +610,7 @@ def plot_image_sizes(sizes: Mapping[Size, int], *, most: int = 20) -> Figure:
     bars = Counter[str]()
     for i, ((height, width), count) in enumerate(sizes.items()):
         bars[f"{height} × {width}" if i < most else f"{len(sizes) - most} other sizes"] += count
-    figure, (axes,) = _subplots(1, 1, width=7, height=1.5 + 0.26 * len(bars))
+    figure, ((axes,),) = _subplots(1, 1, width=7, height=1.5 + 0.26 * len(bars))
     axes.bar_label(axes.barh(list(bars), list(bars.values()), color="tab:blue"), padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.02)
@@ -661,7 +655,7 @@ def _check_pair(image_sizes: Sequence[Size], cache: PairCache, pair: Pair) -> li
             mask = _crop(decoded[..., 3] >= 128, _size_of(image_path))
             found += [(mask_path, *unusual) for unusual in itertools.chain(
                 cache.notes.get(mask_path, {}).items(), _unusual_file(mask_path, "L", "1", "P"),
-                _unusual_fit(image_path, mask_path), _unusual_mask(mask))]
+                _unusual_mask(image_path, mask_path, mask))]
     except SegmentError as error:
         return [Finding("error", "unusable files", image_path, str(error))]
     return [Finding("warning", kind, image_path, f"{path}: {what}.") for path, kind, what in found]
@@ -680,19 +674,16 @@ def _unusual_file(path: str, *modes: str) -> Iterator[tuple[str, str]]:
             yield "files of several pages", f"it has {pages} pages, of which the first is used"
 
 
-def _unusual_fit(image_path: str, mask_path: str) -> Iterator[tuple[str, str]]:
+def _unusual_mask(image_path: str, mask_path: str, mask: Mask) -> Iterator[tuple[str, str]]:
+    """Yields `(kind, what)` where a mask does not fit its image, or is as no expert would draw."""
     (height, width), (rows, columns) = _size_of(image_path), _size_of(mask_path)
     if (height, width) != (rows, columns):
         yield "resized masks", f"it was resized from {rows} × {columns} to {height} × {width}"
-    with _open_image(image_path) as image, _open_image(mask_path) as mask:
+    with _open_image(image_path) as image, _open_image(mask_path) as drawn:
         orientation = _orientation(image)
-        if orientation != _orientation(mask) == 1 and image.size == mask.size:
+        if orientation != _orientation(drawn) == 1 and image.size == drawn.size:
             what = f"the photo has EXIF orientation {orientation}, but its mask has none"
             yield "orientations", f"{what} and may lie turned or mirrored on it"
-
-
-def _unusual_mask(mask: Mask) -> Iterator[tuple[str, str]]:
-    """What an expert would not draw."""
     rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     if not mask.any():
         yield "empty masks", f"the mask is empty at {mask.shape[0]} × {mask.shape[1]} pixels"
@@ -2088,8 +2079,7 @@ def results(
         predictions: What `predict` or `predict_each` returned. Of folds, an iterator over all; a
             plain array is thresholded at 0.5.
         num_imgs: Number of images in each of the two figures.
-        history: `model_record(model).history`, for the learning curves, or what `train_model`
-            returned.
+        history: The learning curves: those of a record, or what `train_model` returned.
         output_dir: Folder for `scores.csv` (a row per image, full precision), `summary.json`, the
             figures (PNG), `report.html` and `masks/`. Files of these names are replaced.
         notes: Further entries of `summary.json`.
@@ -2161,16 +2151,15 @@ def _score_all(
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
-    """Names images by id; where images share one, by stem, by file name, by path, by number."""
+    """Names images by id; where images share one, by stem, by path, by number."""
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = list(map(image_id, paths))
-    stems, files = [Path(path).stem for path in paths], [Path(path).name for path in paths]
-    for longer in (stems, files, [os.path.relpath(path, root) for path in paths]):
+    stems = [Path(path).stem for path in paths]
+    for longer in (stems, [os.path.relpath(path, root) for path in paths]):
         counts = Counter(names)
         names = [other if counts[n] > 1 else n for n, other in zip(names, longer, strict=True)]
     # File systems allow 255 bytes, of which masks and temporary files need some.
-    names = [name.encode()[-200:].decode(errors="ignore") for name in names]
-    names = [re.sub(r"[/\\]", "_", name) for name in names]
+    names = [re.sub(r"[/\\]", "_", name).encode()[-200:].decode(errors="ignore") for name in names]
     counts = Counter(name for name, _ in {*zip(names, paths, strict=True)})
     return [f"{name}_{i}" if counts[name] > 1 else name for i, name in enumerate(names, 1)]
 
@@ -2331,11 +2320,9 @@ def read_metadata(path: StrPath, ids: Iterable[str]) -> dict[str, dict[str, str]
     ids, best = set(ids), dict[str, dict[str, str]]()
     columns = rows[0] if rows else ()  # of two that fit equally, the one called image
     for column in sorted(columns, key=lambda name: not re.search("(?i)image|isic", name)):
-        by_id = {image_id(row[column].strip().replace("\\", "/")): row for row in rows}
-        found = ids & by_id.keys()
-        if len(found) > len(best):
-            best = {id_: {name: cell for name, cell in by_id[id_].items() if name != column}
-                    for id_ in found}
+        by_id = {image_id(row[column].strip().replace("\\", "/")):
+                 {name: cell for name, cell in row.items() if name != column} for row in rows}
+        best = max(best, {id_: by_id[id_] for id_ in ids & by_id.keys()}, key=len)
     _require(any(best.values()), f"{path}: no column holds the id of one of these {len(ids)} "
              "images, beside columns about them.")
     if len(best) < len(ids):
@@ -2380,10 +2367,9 @@ def _group(scores: Scores, values: Sequence[Any]) -> dict[str, list[Mapping[str,
             bins = np.searchsorted(edges[1:-1], ranks, "right")
             texts = ["missing" if rank == math.inf else f"{edges[i]:g} to {edges[i + 1]:g}"
                      for rank, i in zip(ranks, bins, strict=True)]
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for i in sorted(range(len(texts)), key=ranks.__getitem__):
-        groups.setdefault(texts[i], []).append(scores[i])
-    return groups
+    order = sorted(range(len(texts)), key=lambda i: (ranks[i], texts[i]))
+    return {text: [scores[i] for i in group]
+            for text, group in itertools.groupby(order, texts.__getitem__)}
 
 
 def _report(summary: Mapping[str, Any]) -> str:
@@ -2394,8 +2380,7 @@ def _report(summary: Mapping[str, Any]) -> str:
     names = (*METRICS, *DISTANCES, "estimated_dice", "dice_lower_bound")
     for name in filter(summary.__contains__, names):
         unit, tail, end = (" %", "p90", "max") if name in DISTANCES else ("", "p10", "min")
-        columns = ("mean", "median", tail, end)
-        values = "".join(f"{summary[name][column]:11.6f}" for column in columns)
+        values = "".join(f"{summary[name][part]:11.6f}" for part in ("mean", "median", tail, end))
         interval = " to ".join(f"{bound:.4f}" for bound in summary[name]["ci95"] or ())
         lines.append(f"{name.replace('_', ' ') + unit:19}{values}  {interval}".rstrip())
     if failures is not None:
@@ -2450,7 +2435,7 @@ def plot_predictions(
     _require(len(indices) > 0, "indices is empty: expected at least one image to plot.")
     columns = 2 if generator.mask_paths is None else 3
     figure, axes = _subplots(len(indices), columns, width=8, height=0.4 + 2.2 * len(indices))
-    for i, cells in zip(indices, np.reshape(np.array(axes), (-1, columns)), strict=True):
+    for i, cells in zip(indices, axes, strict=True):
         pictures = _pictures(generator, predictions[i].view(Predictions), generator.pairs[i])
         name, value = _shown_score(scores[i])
         titles = [scores[i]["id"], *list(pictures)[1:]]
@@ -2462,7 +2447,7 @@ def plot_predictions(
         if contours:
             _draw_contours(cells[0], pictures)
     if contours:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
@@ -2492,7 +2477,7 @@ def plot_dice_histogram(scores: Scores) -> Figure:
     """Plots the distribution of Dice, or without masks of its estimate, in the `results`."""
     title = "Dice coefficient" if "dice" in scores[0] else "Estimated Dice coefficient"
     dice = np.array([_shown_score(score)[1] for score in scores])
-    figure, (axes,) = _subplots(1, 1, width=7, height=4)
+    figure, ((axes,),) = _subplots(1, 1, width=7, height=4)
     axes.hist(dice, bins=40, range=(0, 1), color="tab:blue", edgecolor="white")
     axes.axvline(dice.mean(), color="tab:red", label=f"Mean {dice.mean():.4f}")
     axes.axvline(np.median(dice), color="black", ls="--", label=f"Median {np.median(dice):.4f}")
@@ -2507,7 +2492,7 @@ def plot_history(history: History) -> Figure:
     titles = {"accuracy": "Accuracy", "loss": "Loss", "dice_coefficient": "Dice coefficient"}
     panels = [name for name in titles if history.get(name)]
     _require(panels, "The history holds no epoch: train the model first.")
-    figure, axes = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
+    figure, (axes,) = _subplots(1, len(panels), width=4 * len(panels), height=3.6)
     epochs, scores = max(map(len, history.values())), _epoch_scores(history)
     best = epochs - len(scores) + int(np.argmax(scores)) + 1
     for cell, name in zip(axes, panels, strict=True):
@@ -2527,12 +2512,12 @@ def save_figure(figure: Figure, path: StrPath) -> None:
         figure.savefig(temporary, dpi=100)
 
 
-def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure in inches and its axes, which pyplot neither keeps nor shows."""
+def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Array]:
+    """A figure in inches and its axes, `(rows, columns)`, which pyplot neither keeps nor shows."""
     size = (width, height)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     plt.close(figure)
-    return figure, list(axes.flat)
+    return figure, axes
 
 
 PAGE = string.Template("""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -2629,8 +2614,7 @@ def _text(value: Any) -> str:
 
 def run_driver(
     steps: Callable[[Any], None], options: Any, *,
-    startup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    devices: int = 1
+    startup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 ) -> int:
     """Runs the steps of a driver, and returns its exit status: 0, 2 (bad input) or 130 (Ctrl-C)."""
     with contextlib.suppress(AttributeError):  # for names that the terminal cannot print
@@ -2643,7 +2627,7 @@ def run_driver(
             _reuse_freed_memory()
             logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of a trace for each fold
             with startup():
-                sharing, device = data_parallel(devices), describe_device()
+                sharing, device = data_parallel(getattr(options, "devices", 1)), describe_device()
             print(f"Device: {device}")
             with sharing:
                 steps(options)
@@ -2662,22 +2646,19 @@ def _reuse_freed_memory() -> None:
 
     Otherwise the system takes back large blocks, and clears each page when it is used again.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # of another C library
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has pages of its own
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    with contextlib.suppress(AttributeError, TypeError):  # of another system or C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has pages of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _check_files(options: Any) -> None:
     """Refuses tables that are missing, and an output folder in which results mix with images."""
-    for name in ("compare", "metadata", "start_from"):
-        path = getattr(options, name, None)
-        _require(not path or Path(path).is_file(), f"{path}: there is no such file.")
-    if (output := getattr(options, "output", None)) is not None:
+    given = getattr(options, "__dict__", {})
+    for path in filter(None, map(given.get, ("compare", "metadata", "start_from"))):
+        _require(Path(path).is_file(), f"{path}: there is no such file.")
+    folders = filter(None, map(given.get, ("image_dir", "mask_dir", "val_dir", "val_masks")))
+    if (output := given.get("output")) is not None:
         written = {os.path.realpath(Path(output, name)) for name in ("", "masks", "overlays")}
-        names = ("image_dir", "mask_dir", "val_dir", "val_masks")
-        folders = filter(None, (getattr(options, name, None) for name in names))
-        given = set(map(os.path.realpath, folders))
-        _require(not written & given, f"--output {output} would write among the images or masks: "
-                 "give a folder of its own.")
+        _require(written.isdisjoint(map(os.path.realpath, folders)), f"--output {output} would "
+                 "write among the images or masks: give a folder of its own.")
