@@ -1925,7 +1925,7 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
     fields = json.loads(archive.read(RECORD_MEMBER))
     known = fields["format"] == RECORD_FORMAT and fields["geometry"] == "letterbox"
     _require(known, f"{path} was written by another version (format {fields['format']}, geometry "
-             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: update segment.py.")
+             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: use the other one.")
     defaults = dataclasses.asdict(ModelRecord())
     values = {name: fields.get(name, default) for name, default in defaults.items()}
     curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
