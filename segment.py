@@ -280,7 +280,8 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     errors = list[OSError]()
     for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         table = Path(parent, "findings.csv")  # with which each run of a driver begins
-        header = table.read_text(errors="replace").split("\n")[0] if table.is_file() else ""
+        readable = os.path.isfile(table) and os.access(table, os.R_OK)
+        header = table.read_text(errors="replace").split("\n")[0] if readable else ""
         results = header == ",".join(Finding._fields) or {"scores.csv", "summary.json"} <= {*names}
         _require(not results or parent != str(folder), f"{folder} holds the results of an earlier "
                  "run among its images: move them to a folder of their own.")
@@ -1072,6 +1073,7 @@ def create_model(
 def _recast(model: keras.Model, dtype: str, name: str | None = None) -> keras.Model:
     """An uncompiled copy that computes in another dtype; its ends stay float32."""
     def recast(layer: Any) -> Any:
+        """A new layer with the same settings in the other dtype."""
         if not isinstance(layer, keras.Layer):  # but a flip, which has no dtype of its own
             return type(layer).from_config(layer.get_config())
         end = isinstance(layer, (layers.Rescaling, layers.Activation, layers.Average))
@@ -1669,6 +1671,7 @@ def _measure_dice(
 ) -> NDArray[np.float64]:
     """The Dice of each image at each threshold, `(N, thresholds)`."""
     def measure(lesion: Predictions, pair: Pair) -> list[float]:
+        """The Dice of one image at each threshold."""
         size = _size_of(pair[0])
         side = min(512, max(size))
         shape, soft = letterbox(size, (side, side))[2:], generator.cache.soft_masks
@@ -1911,6 +1914,7 @@ def _check_declared_size(path: StrPath, archive: zipfile.ZipFile) -> None:
     config.pop("compile_config", None)
 
     def count_weights() -> int:
+        """The number of weights that the file declares."""
         with keras.StatelessScope(initialize_variables=False):  # takes no memory for them
             return int(keras.saving.deserialize_keras_object(config).count_params())
 
