@@ -926,7 +926,8 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
         cache: By default all generators with the same kind of masks share 2 GiB of memory.
         whole_batches: Whether to drop a shorter last batch, as several devices require.
         soft_masks: Whether masks are soft; a `cache` needs the same setting.
-        workers: Threads that load batches.
+        workers: Threads that load batches. With 1, TensorFlow tunes the loading, and the end of its
+            thread may delay the next epoch by up to a minute (a race in `tf.data`).
     """
 
     image_paths: Paths
@@ -940,7 +941,7 @@ class ImageGenerator(keras.utils.PyDataset):  # type: ignore[misc]
     cache: PairCache = None  # type: ignore[assignment]  # until __post_init__
     whole_batches: bool = False
     soft_masks: dataclasses.InitVar[bool] = False
-    workers: dataclasses.InitVar[int] = 1
+    workers: dataclasses.InitVar[int] = 2
 
     def __post_init__(self, soft_masks: bool, workers: int) -> None:
         super().__init__(workers=workers)

@@ -210,6 +210,11 @@ def test_fit_sees_every_image_once_per_epoch_with_any_number_of_workers(
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_two_threads_load_batches_by_default(make_pairs: MakePairs) -> None:
+    batches = generator(make_pairs(1))
+    assert batches.workers == 2  # one thread would leave it to tf.data, which may delay epochs
+
+
 def test_an_unreadable_image_in_a_later_batch_is_reported(make_pairs: MakePairs) -> None:
     images, masks = make_pairs(5)
     Path(images[4]).write_bytes(b"no image")
