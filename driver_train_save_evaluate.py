@@ -43,6 +43,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive_int, metavar="N", help="images per batch (8; sample: 4)")
     add("--epochs", type=positive_int, metavar="N", help="training epochs (60; sample: 20)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="initial (%(default)s)")
+    add("--dropout", type=float, default=0.3, metavar="PART",
+        help="feature maps to drop in training (%(default)s)")
     add("--seed", type=non_negative_int, default=0, help="of split, weights, batches (0)")
     add("--deterministic", action="store_true", help="give the same model for the same seed")
     add("--bfloat16", action="store_true", help="compute in bfloat16, faster on recent processors")
@@ -164,7 +166,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
         # 6. Create a new UNet
         keras.utils.set_random_seed(options.seed)
-        model = segment.create_model(options.image_size, bfloat16=options.bfloat16)
+        model = segment.create_model(
+            options.image_size, dropout=options.dropout, bfloat16=options.bfloat16)
         left_out = [finding.path for finding in findings if finding.severity == "error"]
         segment.model_record(model).origin = {"options": vars(options), "left_out": left_out}
         if options.start_from:

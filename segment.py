@@ -1314,7 +1314,7 @@ def train_model(
     _check_training(model, [train_generator, val_generator], epochs, learning_rate)
     _check_training_files(save_path, resume_path, log_path)
     _compile(model)
-    _record_training(model_record(model), train_generator, learning_rate, split)
+    _record_training(model, train_generator, learning_rate, split)
     end = len(model_record(model).history.get("loss", ())) + epochs
     if resume_path is not None and not resume:
         Path(resume_path).unlink(missing_ok=True)
@@ -1379,10 +1379,12 @@ def _compile(model: keras.Model) -> None:
 
 
 def _record_training(
-    record: ModelRecord, generator: Any, learning_rate: float, split: Sequence[Pairs] | None
+    model: keras.Model, generator: Any, learning_rate: float, split: Sequence[Pairs] | None
 ) -> None:
-    versions = {"numpy": np.__version__, "pillow": PIL.__version__}  # Keras names its own
-    record.origin |= {"learning_rate": learning_rate, "device": describe_device(), **versions}
+    record, versions = model_record(model), {"numpy": np.__version__, "pillow": PIL.__version__}
+    dropout = [layer.rate for layer in _layers(model) if isinstance(layer, layers.Dropout)]
+    record.origin |= {"learning_rate": learning_rate, "dropout": max(dropout, default=0),
+                      "device": describe_device(), **versions}
     if isinstance(generator, ImageGenerator):
         record.batch_size = int(generator.batch_size)
         record.origin |= {"seed": generator.seed, "image_size": list(generator.image_size),
@@ -1420,7 +1422,7 @@ def _resume(model: keras.Model, path: StrPath | None, best_path: StrPath | None)
 
 
 def _check_same_training(path: StrPath, before: ModelRecord, record: ModelRecord) -> None:
-    facts = ("batch_size", "image_size", "learning_rate", "seed", "sha256_of_images",
+    facts = ("batch_size", "dropout", "image_size", "learning_rate", "seed", "sha256_of_images",
              "sha256_of_masks", "soft_masks", "split")
     old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
     known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]

@@ -287,8 +287,9 @@ def test_resume_refuses_other_options_and_keeps_the_checkpoint(
     assert "There is no checkpoint in" in capsys.readouterr().out
     last = tmp_path / "trained" / "last.keras"
     before = last.read_bytes()
-    assert train("--resume", "--learning-rate", "0.5", "--batch-size", "3") == 2
-    message = "last.keras belongs to a training with another batch_size, learning_rate:"
+    changes = ("--batch-size", "3", "--dropout", "0.1", "--learning-rate", "0.5")
+    assert train("--resume", *changes) == 2
+    message = "last.keras belongs to a training with another batch_size, dropout, learning_rate:"
     assert message in capsys.readouterr().err
     assert train("--learning-rate", "-1") == 2
     assert last.read_bytes() == before
