@@ -1,4 +1,4 @@
-"""Makes the pretrained model: the mean of several networks, in half precision.
+"""Makes the pretrained model: a network, or the mean of several, in half precision.
 
 Usage: python tests/make_pretrained.py MODEL.keras... --folds DIR --image-dir DIR --mask-dir DIR
 
@@ -55,11 +55,12 @@ if __name__ == "__main__":
     parser.add_argument("--mask-dir", required=True, metavar="DIR")
     parser.add_argument("--threshold", type=float, default=0.55, metavar="P")
     options = parser.parse_args()
-    average = segment.average_models(list(map(segment.load_model, options.models)))
-    round_weights(average)
+    models = list(map(segment.load_model, options.models))
+    model = segment.average_models(models) if len(models) > 1 else models[0]
+    round_weights(model)
     estimate = fit_estimate(options.folds, options.image_dir, options.mask_dir, options.threshold)
     segment.save_model(
-        average, "pretrained.keras", threshold=options.threshold, estimate=estimate,
+        model, "pretrained.keras", threshold=options.threshold, estimate=estimate,
         optimizer=False,
     )  # fmt: skip
     compress(Path("pretrained.keras"))
