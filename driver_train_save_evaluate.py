@@ -44,7 +44,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive_int, metavar="N", help="training epochs (60; sample: 20)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="initial (%(default)s)")
     add("--dropout", type=float, default=0.3, metavar="PART",
-        help="feature maps to drop in training (%(default)s)")
+        help="fraction of feature maps to drop in training (%(default)s)")
     add("--seed", type=non_negative_int, default=0, help="of split, weights, batches (0)")
     add("--deterministic", action="store_true", help="give the same model for the same seed")
     add("--bfloat16", action="store_true", help="compute in bfloat16, faster on recent processors")
