@@ -45,7 +45,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="initial (%(default)s)")
     add("--dropout", type=float, default=0.3, metavar="PART",
         help="fraction of feature maps to drop in training (%(default)s)")
-    add("--seed", type=non_negative_int, default=0, help="of split, weights, batches (0)")
+    add("--seed", type=non_negative_int, default=0, help="seed of split, weights and batches (0)")
     add("--deterministic", action="store_true", help="give the same model for the same seed")
     add("--bfloat16", action="store_true", help="compute in bfloat16, faster on recent processors")
     add("--devices", type=positive_int, default=1, metavar="N", help="share batches among devices")
@@ -57,7 +57,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, default=True, help="average the predictions of the four flips")
     add("--one-region", action=flag, default=True, help="keep one region of a mask, without holes")
-    add("--threshold", type=float, metavar="P", help="lowest probability of lesion (by validation)")
+    add("--threshold", type=float, metavar="P", help="pixels from P on are lesion (by validation)")
     add("--output", default="output", metavar="DIR", help="folder of the results (%(default)s)")
     add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
     add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")

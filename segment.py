@@ -303,7 +303,7 @@ def _list_images(folder: StrPath) -> dict[str, str]:
     _require(paths, f"{folder} holds no image (JPEG, PNG, BMP, TIFF, WebP)"
              f"{counts and f', but {counts}: convert them to PNG'}.")
     broken = [ascii(path) for path in paths.values() if re.search("[\ud800-\udfff]", path)]
-    _require(not broken, f"{len(broken)} file names are not UTF-8 ({_shorten(broken)}): rename.")
+    _require(not broken, f"These names are not UTF-8: {_shorten(broken)}. Rename the files.")
     if counts:
         warnings.warn(f"{folder}: ignored what cannot be read: {counts}.", stacklevel=3)
     return dict(sorted(paths.items(), key=lambda item: item[1]))
@@ -398,7 +398,7 @@ def _open_image(path: StrPath) -> Iterator[Image.Image]:
             # Image.open has a limit of 179 megapixels; a JPEG is decoded at a reduced scale.
             image = jpeg_factory(file) if jpeg else Image.open(file, formats=FORMATS)
             pixels, most = image.width * image.height, 2**28 if jpeg else 2**26
-            _require(pixels <= most, f"has {pixels} pixels, more than the {most} of a photograph: "
+            _require(pixels <= most, f"has {pixels} pixels, but the limit is {most}: "
                      "scale it down or leave it out.")
             yield image
     except SegmentError as error:
@@ -479,7 +479,7 @@ def _to_mask(image: Image.Image, notes: dict[str, str], lossy: bool, soft: bool)
 
 
 def _by_rim(image: Image.Image, notes: dict[str, str]) -> Image.Image:
-    """The mask of two levels or colours, of which the one that is rarer at the rim is lesion."""
+    """The mask of two levels or colours, of which the one that is rarer at the border is lesion."""
     levels, template = np.asarray(image), "{:g}"
     if image.mode[0] not in "IFL":  # colours, which may be equally bright
         levels, template = np.asarray(image.convert("RGB"), np.int32) @ (65536, 256, 1), "#{:06x}"
@@ -488,7 +488,7 @@ def _by_rim(image: Image.Image, notes: dict[str, str]) -> Image.Image:
              f"{len(names)} values ({_shorten(names)}): threshold it, or read it as a soft mask.")
     high = levels == levels.max()
     lesion = int(np.concatenate([high[0], high[-1], high[:, 0], high[:, -1]]).mean() <= 0.5)
-    which = f"{names[lesion]} is lesion, as it is rarer at the rim"
+    which = f"{names[lesion]} is lesion, as it is rarer at the border"
     notes["masks of two other levels"] = f"it holds {names[0]} and {names[1]}; {which}"
     return Image.fromarray(high == lesion).convert("L")
 
@@ -627,12 +627,11 @@ def check_pairs(
 ) -> list[Finding]:
     """Checks every file before a training that would fail on it an hour later.
 
-    Errors are files that cannot be read, masks neither of two values nor with soft edges, and masks
-    of another size than their image. Warnings are an unexpected format or mode, further pages,
-    duplicates, masks that may lie turned, hold unusual values or were resized, and those that are
-    empty, full, probably inverted, of several regions or with holes, as seen in the first of the
-    frames in which the pairs are kept. Errors come first; of a pair with errors, the first one is
-    returned.
+    Errors are files that cannot be read, masks of more than two values unless their edges are soft,
+    and masks of another size than their image. Warnings are an unexpected format or mode, further
+    pages, duplicates, and masks that may be rotated, hold unusual values, were resized, are empty,
+    full or probably inverted, or have several regions or holes. Masks are examined in the first of
+    the frames. Errors come first; of a pair with errors, the first one is returned.
     """
     pairs = _zip_pairs(image_paths, mask_paths)
     sizes, cache = [_check_image_size(size) for size in image_sizes], cache or PairCache(0)
@@ -684,14 +683,14 @@ def _unusual_mask(image_path: str, mask_path: str, mask: Mask) -> Iterator[tuple
         orientation = _orientation(image)
         if orientation != _orientation(drawn) == 1 and image.size == drawn.size:
             what = f"the photo has EXIF orientation {orientation}, but its mask has none"
-            yield "orientations", f"{what} and may lie turned or mirrored on it"
+            yield "orientations", f"{what} and may be rotated or mirrored"
     rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     if not mask.any():
         yield "empty masks", f"the mask is empty at {mask.shape[0]} × {mask.shape[1]} pixels"
     elif mask.all():
         yield "full masks", "the mask is full"
     elif rim.mean() > 0.9:
-        yield "inverted masks", "the mask is probably inverted, since its rim is lesion"
+        yield "inverted masks", "the mask is probably inverted, since its border is lesion"
     if (regions := ndimage.label(mask, np.ones((3, 3)))[1]) > 1:
         yield "masks of several regions", f"the mask has {regions} regions"
     if holes := ndimage.label(_fill_holes(mask) & ~mask)[1]:
@@ -1296,11 +1295,13 @@ def train_model(
         model: The model; changed in place.
         train_generator: Batches to train on.
         val_generator: Batches to validate on after each epoch, or `None`.
-        epochs: Number of epochs to add to those of the model, those of the checkpoint included.
-        learning_rate: Start of half a cosine over all epochs, those before included, to nearly 0.
+        epochs: Number of epochs to train beyond those of the model. Epochs that an interrupted
+            training has completed count towards it.
+        learning_rate: Initial learning rate. It falls to nearly 0 along half a cosine over all
+            epochs, including earlier ones.
         save_path: `.keras` file that always holds the best epoch so far.
         split: The split, for the record, with checksums of its files.
-        log_path: CSV file with a row per epoch, those before included.
+        log_path: CSV file with a row per epoch, including earlier ones.
         resume_path: `.keras` checkpoint of the last epoch. If it exists, an interrupted training
             continues from it and ends with the same weights, where the backend is deterministic.
         resume: Whether to continue from the checkpoint; otherwise it is removed.
@@ -1513,9 +1514,10 @@ def predict_each(
     """Yields `float32 (height, width, 1)` for each image, in their order and not augmented.
 
     Several models yield the mean of their probabilities, which is uncertain where they disagree. A
-    setting that is `None` comes from the record; several models have the mean of their thresholds
-    and estimates, and the rest of the first. The probabilities remember threshold, one region and
-    estimate for `results` and `restore_masks`. A batch is predicted while the next one loads.
+    setting that is `None` comes from the record. For several models, thresholds and estimates are
+    averaged; the other settings are those of the first one. The probabilities remember threshold,
+    one region and estimate for `results` and `restore_masks`. A batch is predicted while the next
+    one loads.
     """
     models, record = _settings(model, mirror=mirror, one_region=one_region, threshold=threshold)
     _check_frame(models[0], generator)
@@ -1727,8 +1729,9 @@ def estimate_dice(predictions: Iterable[Array], *, bound: bool = False) -> NDArr
 
     It is the soft Dice of the predicted mask and its probabilities, less `OUTLINE_DOUBT /
     sqrt(fraction)` for a mask that covers a fraction of the frame; if `fit_estimate` was used, the
-    Dice expected for this number. It is 0 for an empty mask. With `bound` it is what the Dice is at
-    least, with a probability of 90 % for images like those of the fit; nan without a fit.
+    Dice expected for this number. It is 0 for an empty mask. With `bound`, returns a lower bound of
+    the Dice, which holds with a probability of 90 % for images like those of the fit; nan without
+    a fit.
     """
     lesions = [np.asanyarray(lesion).view(Predictions) for lesion in predictions]
     offset, slope, miss = lesions[0].estimate or (0.0, 1.0, math.nan)
@@ -1748,7 +1751,8 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
     """Shares each batch of the models created and used inside the block among several devices.
 
     These are GPUs if there are any, otherwise processors, with TensorFlow or JAX. Losses equal
-    those of one device to rounding. Generators need `whole_batches` that their number divides.
+    those of one device to rounding. Generators need
+    `whole_batches`, and a batch size that their number divides.
 
     With JAX several hosts may train one model. Each runs the same program with the variables of
     `keras.distribution.initialize`, enters this block before anything is computed, and loads its
@@ -1932,7 +1936,7 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
     fields = json.loads(archive.read(RECORD_MEMBER))
     known = fields["format"] == RECORD_FORMAT and fields["geometry"] == "letterbox"
     _require(known, f"{path} was written by another version (format {fields['format']}, geometry "
-             f"{fields['geometry']}), this one knows format {RECORD_FORMAT}: use the other one.")
+             f"{fields['geometry']}). This version reads format {RECORD_FORMAT}: use the other.")
     defaults = dataclasses.asdict(ModelRecord())
     values = {name: fields.get(name, default) for name, default in defaults.items()}
     curves, ids = values["history"].values(), itertools.chain(*values["split"].values())
@@ -1958,9 +1962,9 @@ def load_weights(model: keras.Model, path: StrPath) -> None:
 def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> None:
     """Exports to ONNX (`.onnx`), LiteRT (`.tflite`) or a SavedModel (no suffix), in float32.
 
-    With `mirror` it averages the flips. A `segment.json` in the ONNX metadata, the folder, or the
-    zip archive that a `.tflite` also is, says how to use it. A file that differs from the model by
-    more than 0.02 is refused.
+    With `mirror` it averages the flips. A `segment.json` describes how to use the export: in the
+    metadata of ONNX, in the folder, or in the zip archive that a `.tflite` file also is. A file
+    that differs from the model by more than 0.02 is refused.
     """
     path, kind, backend = Path(path), EXPORTS.get(Path(path).suffix), keras.backend.backend()
     _require(kind is not None, f"{path}: expected .onnx, .tflite or no suffix (SavedModel).")
@@ -1988,7 +1992,7 @@ def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> 
             exported.export(temporary, kind, verbose=False, input_signature=[signature])
         run = _open_export(temporary, json.dumps(facts, indent=1))
         error = np.max([np.abs(run(images[:n]) - expected[:n]).max() for n in (1, 3, 8, 9)])
-        _require(error <= 0.02, f"{path}: not written, as it is up to {error:.2g} off the model.")
+        _require(error <= 0.02, f"{path}: not written, as it differs from the model ({error:.2g}).")
 
 
 def _open_export(path: Path, facts: str) -> Any:
@@ -2063,9 +2067,9 @@ def _checked(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterato
         shape = np.shape(prediction)
         belongs = pair is not None and shape == (*generator.image_size, 1)
         belongs = belongs and many in (None, len(generator.pairs))
-        _require(belongs, f"These predictions, too few, too many or of shape {shape}, do not belong"
-                 f" to this generator of {len(generator.pairs)} images of {generator.image_size}: "
-                 "predict with it, and use them once.")
+        _require(belongs, "The predictions do not match the generator, of "
+                 f"{len(generator.pairs)} images of {generator.image_size}: they are too few, too "
+                 f"many or of shape {shape}. Predict with it, and use the result once.")
         yield np.asanyarray(prediction).view(Predictions)
 
 

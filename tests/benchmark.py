@@ -349,7 +349,7 @@ def measure_exports(repeats: int) -> None:
     """Each program in a process of its own: from its start to the first image, and then."""
     height, width = segment.load_model().input_shape[1:3]
     model = segment.create_model((height, width))
-    segment.load_weights(model, segment.PRETRAINED)  # of the first of its networks
+    segment.load_weights(model, segment.PRETRAINED)
     print(f"{height} x {width}{'first image':>20}{'batches of 8':>13}{'memory':>13}{'file':>13}")
     with tempfile.TemporaryDirectory() as folder:
         for name, (suffix, code) in PROGRAMS.items():
@@ -376,7 +376,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--memory", type=int, metavar="N", help="instead: train on N pairs")
-    parser.add_argument("--exports", action="store_true", help="instead: a bundled network")
+    parser.add_argument(
+        "--exports", action="store_true", help="instead: the bundled network elsewhere"
+    )
     options = parser.parse_args()
     if options.exports:
         measure_exports(options.repeats)

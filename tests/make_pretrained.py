@@ -7,8 +7,11 @@ wrote, have predictions of images that they have not seen, to which the estimate
 """
 
 import argparse
+import sys
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import keras
 import numpy as np

@@ -88,7 +88,7 @@ def test_holes_and_an_inverted_mask_are_reported(make_pairs: MakePairs) -> None:
     assert [what.split(": ")[1] for _, what in found(pairs)] == ["the mask has holes (1)."]
     Image.fromarray(255 - mask).save(pairs[1][0])
     assert [what.split(": ")[1] for _, what in found(pairs)] == [
-        "the mask is probably inverted, since its rim is lesion.",
+        "the mask is probably inverted, since its border is lesion.",
         "the mask has 2 regions.",
         "the mask has holes (1).",
     ]
@@ -111,7 +111,7 @@ def test_duplicates_and_a_wrong_suffix_are_reported(make_pairs: MakePairs) -> No
     ("side", "reason"),
     [
         (20_000, "cannot be read as an image (Image size (400000000 pixels)"),
-        (8_200, "has 67240000 pixels, more than the 67108864 of a photograph"),
+        (8_200, "has 67240000 pixels, but the limit is 67108864"),
     ],
 )
 def test_an_image_of_absurd_size_is_an_error(make_pairs: MakePairs, side: int, reason: str) -> None:

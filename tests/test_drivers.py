@@ -291,6 +291,8 @@ def test_resume_refuses_other_options_and_keeps_the_checkpoint(
     assert train("--resume", *changes) == 2
     message = "last.keras belongs to a training with another batch_size, dropout, learning_rate:"
     assert message in capsys.readouterr().err
+    assert train("--resume", "--soft-masks") == 2
+    assert "last.keras belongs to a training with another soft_masks:" in capsys.readouterr().err
     assert train("--learning-rate", "-1") == 2
     assert last.read_bytes() == before
 
@@ -469,7 +471,7 @@ def test_a_model_without_masks_asks_for_all(capsys: pytest.CaptureFixture[str]) 
     assert "add --all to segment them" in capsys.readouterr().err
 
 
-def test_the_threshold_is_chosen_on_the_validation_images(
+def test_threshold_and_estimate_are_fitted_to_the_validation_images(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choices = []
@@ -478,11 +480,20 @@ def test_the_threshold_is_chosen_on_the_validation_images(
         choices.append((len(generator.image_paths), len(predictions), predictions.one_region))
         return 0.35
 
+    def fit(generator: segment.ImageGenerator, predictions: segment.Predictions) -> list[float]:
+        choices.append((len(generator.image_paths), len(predictions), predictions.threshold))
+        return [0.1, 0.9, 0.5]
+
     monkeypatch.setattr(segment, "choose_threshold", choose)
-    train("--no-one-region")
-    assert choices == [(1, 1, False)]
-    record = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras"))
+    monkeypatch.setattr(segment, "fit_estimate", fit)
+    train("--no-one-region", "--no-optimizer")
+    assert choices == [(1, 1, False), (1, 1, 0.35)]
+    model = segment.load_model(tmp_path / "trained" / "model.keras")
+    record = segment.model_record(model)
     assert (record.threshold, record.mirror, record.one_region) == (0.35, True, False)
+    assert record.estimate == [0.1, 0.9, 0.5]
+    assert "dice_lower_bound" in rows(tmp_path / "trained")[0]
+    assert not model.compiled
     assert json.loads((tmp_path / "trained" / "summary.json").read_text())["threshold"] == 0.35
 
 
@@ -490,12 +501,14 @@ def test_start_from_takes_the_weights_of_another_frame(train: Run, tmp_path: Pat
     first, then = tmp_path / "a.keras", tmp_path / "b.keras"
     segment.save_model(tiny_network((16, 16)), first)
     again = ["--image-size", "48", "32", "--start-from", str(first), "--bfloat16"]
+    again += ["--cache", str(tmp_path / "cache")]
     assert train(*again, "--learning-rate", "1e-9", "--save", str(then)) == 0
     one, two = map(segment.load_model, (first, then))
     assert two.get_layer("level1_conv").compute_dtype == "bfloat16"
     assert two.input_shape == (None, 48, 32, 3)
     for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2 * 12  # in two frames
 
 
 def test_the_same_seed_gives_the_same_model_and_the_record_names_its_origin(

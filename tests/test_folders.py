@@ -238,7 +238,7 @@ def test_masks_of_two_other_levels_are_taken_with_a_warning(tmp_path: Path, kind
     path = save(mask, tmp_path / "a_mask.png")
     np.testing.assert_array_equal(segment.load_segmented_image(path, None)[..., 0], mask_array())
     findings = segment.check_pairs([image], [path])
-    assert any(what in f.what and "rarer at the rim" in f.what for f in findings)
+    assert any(what in f.what and "rarer at the border" in f.what for f in findings)
     assert {f.severity for f in findings} == {"warning"}
 
 
@@ -282,8 +282,11 @@ def test_no_training_on_masks_that_are_all_empty_or_full(
     make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str], level: int
 ) -> None:
     images, masks = make_pairs(12)
+    mask: np.ndarray = np.full((40, 56), level, np.uint8)
     for i, path in enumerate(masks[1:]):
-        mask: np.ndarray = np.full((40, 56), level, np.uint8)
+        if i == 6:
+            with pytest.warns(UserWarning, match=r"(empty|full) masks: 6 files"):
+                assert len(segment.usable_pairs(images, masks, training=True)[0]) == 12
         Image.fromarray(mask).save(path, compress_level=i % 9)
     with pytest.raises(segment.SegmentError, match="11 of 12 masks are empty or full: export"):
         segment.usable_pairs(images, masks, training=True)
@@ -340,7 +343,7 @@ def test_a_mask_that_fits_the_upright_photo_is_no_warning_and_one_that_fits_the_
      ((56, 40), None), ((44, 56), None)],
 )  # fmt: skip
 def test_masks_of_another_scale_or_off_by_a_few_pixels_fit_on_request(
-    make_pairs: MakePairs, size: segment.Size, cause: str | None
+    make_pairs: MakePairs, tmp_path: Path, size: segment.Size, cause: str | None
 ) -> None:
     (image,), (mask,) = make_pairs(1)
     original = segment.load_segmented_image(mask, None)
@@ -355,6 +358,9 @@ def test_masks_of_another_scale_or_off_by_a_few_pixels_fit_on_request(
     (finding,) = segment.check_pairs([image], [mask], cache=lax)
     assert finding.kind == "resized masks"
     assert f"from {size[0]} × {size[1]} to 40 × 56" in finding.what
+    segment.PairCache(0, tmp_path / "cache", fit_masks=True).load(image, mask, (32, 48))
+    with pytest.raises(segment.SegmentError, match=cause):
+        segment.PairCache(0, tmp_path / "cache").load(image, mask, (32, 48))
     generator = segment.create_generator([image], [mask], image_size=(32, 48), cache=lax)
     truth = segment.PairCache(fit_masks=True).load(image, mask, (40, 56))[None, ..., 3:]
     assert (truth[0] == 255 * original).mean() > 0.93
@@ -448,13 +454,6 @@ def test_too_few_pairs_name_the_least_number(make_pairs: MakePairs) -> None:
         segment.train_val_test_split(images, masks)
     train, val, test = segment.train_val_test_split(images, masks, val_split=0, test_split=0)
     assert [len(part[0]) for part in (train, val, test)] == [2, 0, 0]
-
-
-def test_load_weights_loads_the_threshold(tmp_path: Path) -> None:
-    segment.save_model(tiny_network((16, 16)), tmp_path / "m.keras", threshold=0.65)
-    model = tiny_network((32, 32))
-    segment.load_weights(model, tmp_path / "m.keras")
-    assert segment.model_record(model).threshold == 0.65
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(

@@ -139,6 +139,8 @@ def test_several_models_predict_the_mean_of_their_probabilities(make_pairs: Make
     mean = segment.predict(models, generator, verbose=0)
     np.testing.assert_allclose(mean, np.mean(each, axis=0), atol=1e-6)
     assert mean.threshold == pytest.approx(0.45)
+    for path, mask in zip(images, segment.restore_masks(generator, mean), strict=True):
+        np.testing.assert_array_equal(segment.segment_image(models, path), mask)
     with pytest.raises(segment.SegmentError, match="0 models take images of 0 sizes"):
         segment.predict([], generator)
     with pytest.raises(segment.SegmentError, match=r"2 sizes \(\(32, 32\), \(48, 32\)\)"):

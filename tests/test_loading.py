@@ -152,7 +152,7 @@ def test_a_mask_is_never_misread_as_empty(
     for i, value in enumerate(values):
         levels[16 * i : 16 * i + 16] = value
     Image.fromarray(levels).save(tmp_path / name)
-    if len(values) == 2:  # unambiguous, since the lesion is rarer at the rim
+    if len(values) == 2:  # unambiguous, since the lesion is rarer at the border
         mask = segment.load_segmented_image(tmp_path / name, None)[..., 0]
         np.testing.assert_array_equal(mask, levels == values[1])
     else:

@@ -1,5 +1,6 @@
 """Prediction: test-time augmentation, masks, the threshold, and the Dice estimate."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -59,6 +60,20 @@ def test_predictions_are_made_on_demand_and_an_unusable_image_is_named(
         list(each)
     with pytest.raises(segment.SegmentError, match="cannot be read as an image"):
         segment.results(many, segment.predict_each(unet, many, verbose=0))
+
+
+def test_only_a_few_results_wait_to_be_used() -> None:
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    each = segment._map_ahead(str, numbers(), ahead=3)
+    assert next(each) == "0"
+    assert taken == [0, 1, 2, 3]
+    assert list(each) == list(map(str, range(1, 100)))
 
 
 def test_prediction_neither_shuffles_nor_augments(

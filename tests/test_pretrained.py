@@ -1,8 +1,12 @@
 """The pretrained model."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import MakePairs
+from networks import tiny_network
 
 import segment
 
@@ -11,7 +15,7 @@ SAMPLE = ROOT / "images" / "sample"
 
 
 def test_the_pretrained_model_is_small_and_holds_no_optimizer() -> None:
-    assert segment.PRETRAINED.stat().st_size < 16e6
+    assert segment.PRETRAINED.stat().st_size < 8e6
     model = segment.load_model()
     assert model.count_params() == 3_188_435
     assert not model.compiled
@@ -26,6 +30,30 @@ def test_a_new_network_of_another_frame_starts_with_its_weights() -> None:
     segment.load_weights(model, segment.PRETRAINED)
     for found, weights in zip(model.get_weights(), segment.load_model().get_weights(), strict=True):
         np.testing.assert_array_equal(found, weights)
+
+
+def test_the_script_makes_a_small_model_of_networks_and_folds(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    images, masks = make_pairs(4)
+    options = ["--folds", str(tmp_path), "--image-dir", str(Path(images[0]).parent)]
+    options += ["--mask-dir", str(Path(masks[0]).parent), "--threshold", "0.45"]
+    for i, split in enumerate(segment.cross_validation_splits(images, masks, 2, val_split=0)):
+        path = tmp_path / f"fold{i}" / "model.keras"
+        segment.save_model(tiny_network((32, 32)), path, split=split)
+    network = segment.create_model((16, 16), num_filters=2)
+    segment.save_model(network, tmp_path / "network.keras")
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "make_pretrained.py", "network.keras", *options],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    made = segment.load_model(tmp_path / "pretrained.keras")
+    record = segment.model_record(made)
+    assert (record.threshold, record.estimate) == (0.45, [])  # fitted to 100 images or more
+    for found, weights in zip(made.get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, weights.astype(np.float16))
+    sizes = [(tmp_path / name).stat().st_size for name in ("pretrained.keras", "network.keras")]
+    assert sizes[0] < 0.8 * sizes[1]
 
 
 def test_the_pretrained_model_segments_the_sample_that_it_was_not_trained_on() -> None:

@@ -364,15 +364,6 @@ def test_predictions_of_another_generator_are_refused(make_pairs: MakePairs) -> 
         segment.results(generator, predictions)
 
 
-def test_an_output_folder_that_cannot_be_written_is_an_error(
-    make_pairs: MakePairs, tmp_path: Path
-) -> None:
-    generator, predictions = prepare(make_pairs, 1)
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(segment.SegmentError, match="cannot be written"):
-        segment.results(generator, predictions, output_dir=tmp_path / "file")
-
-
 def test_a_full_disk_leaves_no_incomplete_file(make_pairs: MakePairs, tmp_path: Path) -> None:
     generator, predictions = prepare(make_pairs, 3)
     output = tmp_path / "output"

@@ -120,6 +120,25 @@ def test_bfloat16_is_used_where_the_device_has_it_and_it_is_faster(
     assert loaded.get_layer("level1_conv").compute_dtype == dtype
 
 
+def test_a_batch_is_timed_in_both_precisions(model: keras.Model, tmp_path: Path) -> None:
+    segment.save_model(model, tmp_path / "model.keras")
+    for bfloat16 in (False, True):
+        loaded = segment.load_model(tmp_path / "model.keras", bfloat16=bfloat16)
+        assert 0 < segment._seconds_per_batch(loaded) < 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"), [("avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)]
+)
+def test_the_flags_of_the_processor_say_whether_it_computes_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, flags: str, native: bool
+) -> None:
+    monkeypatch.setattr(segment, "describe_device", lambda: "CPU:0")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags : sse2 {flags} fma")
+    assert segment._native_bfloat16() == native
+
+
 def test_an_image_of_pillow_is_taken_as_well(photo: Path, model: keras.Model) -> None:
     expected = segment.segment_image(model, photo)
     with Image.open(photo) as image:

@@ -46,6 +46,8 @@ def test_the_lists_passed_in_stay_unchanged() -> None:
 def test_a_fraction_of_zero_gives_no_pair_and_any_other_at_least_one() -> None:
     parts = segment.train_val_test_split(IMAGES[:10], MASKS[:10], val_split=0, test_split=0.03)
     assert [len(images) for images, _ in parts] == [9, 0, 1]
+    parts = segment.train_val_test_split(IMAGES[:100], MASKS[:100], val_split=0, test_split=0.29)
+    assert [len(images) for images, _ in parts] == [71, 0, 29]
 
 
 def test_impossible_splits_are_refused() -> None:
