@@ -7,16 +7,13 @@ synthetic sample.
 """
 
 import argparse
-import contextlib
 import os
-import re
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-SAMPLE = Path(__file__).parent / "images" / "sample"
+from driver_train_save_evaluate import SAMPLE, non_negative_int, run
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,12 +53,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.mask_dir is None and one and not options.all:
         parser.error("without --mask-dir the images cannot be scored: add --all to segment them")
     return options
-
-
-def non_negative_int(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or not least <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to 2^32 - 1")
-    return int(text)
 
 
 def load_evaluate(options: argparse.Namespace) -> None:
@@ -109,8 +100,8 @@ def load_evaluate(options: argparse.Namespace) -> None:
     ids = list(map(segment.image_id, images))
     others = segment.read_scores(options.compare, ids) if options.compare else ()
     table = segment.read_metadata(options.metadata, ids) if options.metadata else None
-    seen = segment.image_ids_seen(models, images) if masks else []
-    if seen:
+    seen = segment.image_ids_seen(models, images)
+    if seen and masks:
         print(f"Warning: {len(seen)} of these images were used in training ({seen[0]} ...), so "
               "their scores are not test scores.", file=sys.stderr)
     batch_size = options.batch_size or record.batch_size
@@ -120,42 +111,17 @@ def load_evaluate(options: argparse.Namespace) -> None:
 
     # 6. Show the results: images are scored while the next ones are predicted
     segment.results(
-        test_generator, predictions, num_imgs=options.num_imgs, history=record.history,
-        output_dir=output, findings=findings, compare=others, metadata=table,
+        test_generator, predictions, history=record.history if len(models) == 1 else None,
+        num_imgs=options.num_imgs, output_dir=output, findings=findings, compare=others,
+        metadata=table,
         notes={"model": ", ".join(map(str, files if options.models else [segment.PRETRAINED.name])),
                "images_used_in_training": len(seen), "compared_with": options.compare,
                "bfloat16": "mixed_bfloat16" in models[0].to_json()})
     print(f"Scores, figures and masks are in {output}")
 
 
-@contextlib.contextmanager
-def quiet_startup() -> Iterator[None]:
-    """Hides what TensorFlow prints while it starts, except errors; a missing GPU is not one."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            log.seek(0)
-            sys.stderr.writelines(line for line in log if re.match(r"[EF]\d{4} (?!.*cuInit)", line))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)  # before TensorFlow starts, so that --help answers at once
-    try:
-        with quiet_startup():
-            import segment
-    except (ImportError, OSError, ValueError) as error:  # a ValueError for an unknown backend
-        how = "run pip install -r requirements.txt, and check KERAS_BACKEND and TMPDIR"
-        print(f"Error: {error}: {how}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return segment.run_driver(load_evaluate, options, startup=quiet_startup)
+    return run(load_evaluate, parse_options(arguments))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,19 +31,20 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--fit-masks", action="store_true", help="resize masks of another scale to their images")
     add("--soft-masks", action="store_true", help="grey levels of masks are probabilities")
     add("--inspect", action="store_true", help="count and plot the image sizes")
-    add("--val-split", type=float, default=0.2, metavar="PART", help="for validation (%(default)s)")
+    add("--val-split", type=fraction, default=0.2, metavar="PART", help="for validation (0.2)")
     add("--val-dir", metavar="DIR", help="images to validate on, instead of a drawn part")
     add("--val-masks", metavar="DIR", help="their masks")
-    add("--test-split", type=float, metavar="PART", help="for testing (0.03; sample: 0.2)")
-    add("--folds", type=positive_int, metavar="K", help="cross-validate: K models test all images")
-    add("--cache", metavar="DIR", help="keep decoded images here (default: 2 GiB of memory)")
+    add("--test-split", type=fraction, metavar="PART", help="for testing (0.03; sample: 0.2)")
+    add("--folds", type=partial(non_negative_int, least=2), metavar="K",
+        help="cross-validate: K models test all images")
+    add("--cache", metavar="DIR", help="keep decoded images here, beyond 2 GiB of memory")
     add = parser.add_argument_group("training").add_argument
     add("--image-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
         help="frame of the network, divisible by 16 (96 128; sample: 128 128)")
     add("--batch-size", type=positive_int, metavar="N", help="images per batch (8; sample: 4)")
     add("--epochs", type=positive_int, metavar="N", help="training epochs (60; sample: 20)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="initial (%(default)s)")
-    add("--dropout", type=float, default=0.3, metavar="PART",
+    add("--dropout", type=fraction, default=0.3, metavar="PART",
         help="fraction of feature maps to drop in training (%(default)s)")
     add("--seed", type=non_negative_int, default=0, help="seed of split, weights and batches (0)")
     add("--deterministic", action="store_true", help="give the same model for the same seed")
@@ -93,12 +94,22 @@ def wrong_options(options: argparse.Namespace) -> Iterator[str]:
         yield f"--save {options.save}: the name must end in .keras"
     if options.threshold is not None and not 0 < options.threshold < 1:
         yield f"--threshold {options.threshold}: expected a probability between 0 and 1"
+    if any(side % 16 for side in options.image_size):
+        yield f"--image-size {options.image_size}: expected sides divisible by 16"
+    if not 0 < options.learning_rate < float("inf"):
+        yield f"--learning-rate {options.learning_rate}: expected a number above 0"
 
 
 def non_negative_int(text: str, least: int = 0) -> int:
     if not text.isdecimal() or not least <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to 2^32 - 1")
     return int(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return float(text)
 
 
 def train_save_evaluate(options: argparse.Namespace) -> None:
@@ -110,8 +121,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         segment.make_deterministic()
     output = Path(options.output)
     twice = tuple(2 * side for side in options.image_size)  # from which augmentation zooms in
-    cache = segment.PairCache(0 if options.cache else 2**31, options.cache,
-                              fit_masks=options.fit_masks, soft_masks=options.soft_masks)
+    cache = segment.PairCache(
+        folder=options.cache, fit_masks=options.fit_masks, soft_masks=options.soft_masks)
 
     # 1. Load the file names of the images and masks, and check the files, which decodes each once
     sets, findings = [], list[segment.Finding]()
@@ -152,7 +163,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
 
     shape = {"image_size": options.image_size, "batch_size": options.batch_size, "cache": cache}
     whole = {**shape, "whole_batches": options.devices > 1}
-    predictions = list[segment.Predictions]()
+    predictions, seen = list[segment.Predictions](), list[str]()
     for fold, (train, val, test) in enumerate(splits, 1):
         folder = output / f"fold{fold}" if options.folds else output
         (val,) = validation or [val]
@@ -172,6 +183,10 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         segment.model_record(model).origin = {"options": vars(options), "left_out": left_out}
         if options.start_from:
             segment.load_weights(model, options.start_from)
+            if known := segment.image_ids_seen(model, val[0] + test[0]):
+                print(f"Warning: {options.start_from} was trained on {len(known)} of the images to "
+                      f"validate and test on ({known[0]} ...), so their scores are too good.",
+                      file=sys.stderr)
 
         # 7. Train it and save it with its settings
         path, checkpoint = options.save or folder / "model.keras", folder / "last.keras"
@@ -195,6 +210,7 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         # 8. Predict the test set
         if test_generator is not None:
             predictions += segment.predict_each(model, test_generator)
+            seen += segment.image_ids_seen(model, test[0])
 
     if not predictions:
         print("No image was held out (--test-split 0): there is nothing to score")
@@ -205,7 +221,8 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         segment.create_generator(images, masks, **shape), iter(predictions), findings=findings,
         num_imgs=options.num_imgs, output_dir=output, compare=others, metadata=table,
         history=None if options.folds else segment.model_record(model).history,
-        notes={"model": str(output if options.folds else path), "compared_with": options.compare})
+        notes={"model": str(output if options.folds else path), "compared_with": options.compare,
+               "images_used_in_training": len(seen)})
     print(f"Scores, figures and masks are in {output}")
 
 
@@ -225,8 +242,8 @@ def quiet_startup() -> Iterator[None]:
             sys.stderr.writelines(line for line in log if re.match(r"[EF]\d{4} (?!.*cuInit)", line))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)  # before TensorFlow starts, so that --help answers at once
+def run(steps: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Runs the steps of either driver; its options are parsed first, so --help answers at once."""
     try:
         with quiet_startup():
             import segment
@@ -236,7 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return segment.run_driver(train_save_evaluate, options, startup=quiet_startup)
+    return segment.run_driver(steps, options, startup=quiet_startup)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(train_save_evaluate, parse_options(arguments))
 
 
 if __name__ == "__main__":

@@ -529,10 +529,10 @@ class PairCache:
         soft_masks: bool = False
     ) -> None:
         self.bytes_left, self.fit_masks, self.soft_masks = max_bytes, fit_masks, soft_masks
-        self.folder = None if folder is None else Path(folder)
+        self.folder, self.full = None if folder is None else Path(folder), False
         self.notes: dict[str, dict[str, str]] = {}  # of masks, what is unusual about their values
         self._kept: dict[str, Array] = {}
-        self._lock = threading.Lock()  # of budget, folder and pairs, which several threads change
+        self._lock = threading.Lock()  # of budget, `full` and pairs, which several threads change
         if self.folder is not None:
             _check_file_to_write(self.folder / "pair.npy")
             _remove_leftovers(self.folder)
@@ -573,16 +573,16 @@ class PairCache:
                 self._kept[name] = pair
 
     def _write(self, name: str, pair: Array) -> None:
-        if (folder := self.folder) is None:  # to which another thread may set it meanwhile
+        if self.folder is None or self.full:
             return
         try:
-            with _written_whole(folder / f"{name}.npy") as temporary:
+            with _written_whole(self.folder / f"{name}.npy") as temporary:
                 np.save(temporary, pair)
         except SegmentError as error:
             with self._lock:  # so that only the first thread warns
-                if self.folder is not None:
-                    warnings.warn(f"Pairs are no longer kept in a folder: {error}", stacklevel=3)
-                self.folder = None
+                if not self.full:
+                    warnings.warn(f"No more pairs are kept in a folder: {error}", stacklevel=3)
+                self.full = True
 
 
 def _entry_name(image_path: str, mask_path: str | None, image_size: Size, soft: bool) -> str:
@@ -731,6 +731,8 @@ def usable_pairs(
     all of them. In `training`, masks that are nearly all empty, full or equal are an error as well.
     Earlier `findings` are added, and all are written to `findings.csv` in the output folder.
     """
+    if output_dir is not None:
+        _check_file_to_write(Path(output_dir) / "findings.csv")  # before hours of decoding
     new = check_pairs(image_paths, mask_paths or None, **options)
     findings = [*findings, *new]
     if output_dir is not None:
@@ -1317,6 +1319,7 @@ def train_model(
     _compile(model)
     _record_training(model, train_generator, learning_rate, split)
     end = len(model_record(model).history.get("loss", ())) + epochs
+    model_record(model).origin["epochs"] = end
     if resume_path is not None and not resume:
         Path(resume_path).unlink(missing_ok=True)
     resumed = _resume(model, resume_path, save_path)
@@ -1395,13 +1398,14 @@ def _record_training(
         counts = Counter(os.path.realpath(image) for images, _ in split for image in images)
         twice = [image for image, count in counts.items() if count > 1]
         _require(not twice, f"{_shorten(twice)}: in more than one part of the split; keep one.")
-        digests = [{*map(_digest, images)} for images, _ in split]
+        digest = functools.cache(_digest)
+        digests = [{*map(digest, images)} for images, _ in split]
         if copies := sum(map(len, digests)) - len(set.union(*digests)):
             warnings.warn(f"{copies} images are in more than one part of the split, as copies: "
                           "remove them from one folder.", stacklevel=3)
-        record.split = _split_ids(split)
+        _set_split(record, split)
         for kind, parts in zip(("images", "masks"), zip(*split, strict=True), strict=True):
-            content = b"".join(map(_digest, sorted(itertools.chain(*parts))))
+            content = b"".join(map(digest, sorted(itertools.chain(*parts))))
             record.origin[f"sha256_of_{kind}"] = hashlib.sha256(content).hexdigest()
 
 
@@ -1411,6 +1415,10 @@ def _resume(model: keras.Model, path: StrPath | None, best_path: StrPath | None)
         return False
     before, record = model_record(_load_same_network(path, model)), model_record(model)
     _check_same_training(path, before, record)
+    end = record.origin["epochs"]
+    if (planned := before.origin.get("epochs", end)) != end:
+        warnings.warn(f"{path} is of a training that was to end after {planned} epochs, not "
+                      f"{end}: the learning rate now falls along another curve.", stacklevel=3)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     before.origin |= record.origin
@@ -1587,14 +1595,13 @@ def average_models(models: Sequence[keras.Model]) -> keras.Model:
     """Makes one network of several, with the mean of their probabilities, to save or export it.
 
     They share the four flips, so two or four models take the time of one with `mirror`, which the
-    record of the new one switches off. Threshold and estimate are the mean of theirs. An image that
-    one of them was trained or validated on counts as such; only what all held out is the test set.
+    record of the new one switches off. Threshold and estimate are the mean of theirs. What one of
+    them was trained or validated on counts as its training set, what all held out as its test set.
     """
     models, record = _settings(models, mirror=False)
     records = list(map(model_record, models))
-    joins: dict[str, Any] = {"train": set.union, "val": set.union, "test": set.intersection}
-    record.split = {part: sorted(join(*(set(r.split.get(part, ())) for r in records)))
-                    for part, join in joins.items()}
+    held_out = set.intersection(*(set(r.split.get("test", ())) for r in records))
+    record.split = {"train": sorted(set.union(*map(_seen, records))), "test": sorted(held_out)}
     record.origin, record.history = {"models": [record.origin for record in records]}, {}
     networks = [_recast(model, "float32", f"model{i}") for i, model in enumerate(models, 1)]
     image = keras.Input(models[0].input_shape[1:], name="image")
@@ -1850,7 +1857,8 @@ def save_model(
     fitted = estimate is None or len(estimate) in (0, 3)
     _require(fitted, f"estimate is {estimate}: expected what fit_estimate returned.")
     record = model_record(model)
-    record.split = record.split if split is None else _split_ids(split)
+    if split is not None:
+        _set_split(record, split)
     record.threshold = record.threshold if threshold is None else _check_threshold(threshold)
     record.mirror = record.mirror if mirror is None else bool(mirror)
     record.one_region = record.one_region if one_region is None else bool(one_region)
@@ -1956,7 +1964,8 @@ def load_weights(model: keras.Model, path: StrPath) -> None:
     """Loads weights and threshold of a file, or the first of its models, into any frame."""
     loaded = _load_same_network(path, model)
     model.set_weights(loaded.get_weights())
-    model_record(model).threshold = model_record(loaded).threshold
+    record, of_file = model_record(model), model_record(loaded)
+    record.threshold, record.split = of_file.threshold, {"earlier": sorted(_seen(of_file))}
 
 
 def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> None:
@@ -2021,10 +2030,13 @@ def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
     raise SegmentError(f"{path} holds another network: give one with the same layers.")
 
 
-def _split_ids(split: Sequence[Pairs]) -> dict[str, list[str]]:
+def _set_split(record: ModelRecord, split: Sequence[Pairs]) -> None:
+    """Replaces the split. What the model saw in an earlier training stays, as another part."""
     _require(len(split) == 3, f"The split has {len(split)} parts: expected (train, val, test).")
-    parts = zip(("train", "val", "test"), split, strict=True)
-    return {name: [image_id(image) for image in images] for name, (images, _) in parts}
+    train, val, test = ([image_id(image) for image in images] for images, _ in split)
+    earlier = sorted(_seen(record).difference(train, val))
+    record.split = {"train": train, "val": val, "test": test}
+    record.split |= {"earlier": earlier} if earlier else {}
 
 
 def stored_test_split(model: keras.Model, image_paths: Paths, mask_paths: Paths) -> Pairs:
@@ -2041,9 +2053,13 @@ def stored_test_split(model: keras.Model, image_paths: Paths, mask_paths: Paths)
 
 def image_ids_seen(model: Models, image_paths: Paths) -> list[str]:
     """Returns the ids of the images that a model was trained or validated on, in order."""
-    splits = [model_record(member).split for member in _settings(model)[0]]
-    seen = {id_ for split in splits for part in ("train", "val") for id_ in split.get(part, ())}
+    seen = set.union(*(_seen(model_record(member)) for member in _settings(model)[0]))
     return [id_ for id_ in map(image_id, image_paths) if id_ in seen]
+
+
+def _seen(record: ModelRecord) -> set[str]:
+    parts = (record.split.get(part, ()) for part in ("earlier", "train", "val"))
+    return set(itertools.chain(*parts))
 
 
 # --- 9. Results: every image at its original resolution, numbers first, then figures ----------
@@ -2649,6 +2665,11 @@ def run_driver(
     except (SegmentError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not re.search("out of memory|OOM|RESOURCE_EXHAUSTED|MemoryError", repr(error)):
+            raise
+        print("Error: out of memory: choose a smaller --batch-size or frame.", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -2668,6 +2689,8 @@ def _check_files(options: Any) -> None:
     given = getattr(options, "__dict__", {})
     for path in filter(None, map(given.get, ("compare", "metadata", "start_from"))):
         _require(Path(path).is_file(), f"{path}: there is no such file.")
+    if given.get("save"):
+        _check_file_to_write(options.save, ".keras")
     folders = filter(None, map(given.get, ("image_dir", "mask_dir", "val_dir", "val_masks")))
     if (output := given.get("output")) is not None:
         written = {os.path.realpath(Path(output, name)) for name in ("", "masks", "overlays")}

@@ -74,7 +74,7 @@ def test_its_record_combines_those_of_the_networks() -> None:
     split = {"train": ["a", "d"], "val": ["f"], "test": ["e", "b"]}
     second.record = segment.ModelRecord(split, 0.6, estimate=[0.3, 0.7, 2.0])
     record = segment.model_record(segment.average_models([first, second]))
-    assert record.split == {"train": ["a", "b", "d"], "val": ["c", "f"], "test": ["e"]}
+    assert record.split == {"train": ["a", "b", "c", "d", "f"], "test": ["e"]}
     assert record.threshold == pytest.approx(0.55)
     assert record.estimate == pytest.approx([0.2, 0.8, 1.5])
     assert record.origin == {"models": [origin, {}]}

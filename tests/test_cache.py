@@ -152,9 +152,26 @@ def test_a_full_disk_gives_one_warning_although_eight_threads_write(
     assert [pair.shape for pair in pairs] == [(*SIZE, 4)] * 8
     (warning,) = caught
     message = str(warning.message)
-    assert message.startswith("Pairs are no longer kept in a folder: ")
+    assert message.startswith("No more pairs are kept in a folder: ")
     assert "No space left on device" in message
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_folder_holds_is_read_even_when_its_disk_is_full(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, masks = make_pairs(2)
+    cache = segment.PairCache(0, tmp_path / "cache")
+    pair = cache.load(images[0], masks[0], SIZE)
+
+    def full(file: Any, pair: segment.Array) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.warns(UserWarning, match="No more pairs are kept in a folder: .*No space left"):
+        cache.load(images[1], masks[1], SIZE)
+    monkeypatch.setattr(segment, "_decode", None)
+    np.testing.assert_array_equal(cache.load(images[0], masks[0], SIZE), pair)
 
 
 def test_a_pair_that_two_threads_decode_at_once_is_counted_once(

@@ -122,13 +122,16 @@ def test_the_documented_files_are_written_and_hidden_files_are_kept(
 
 
 def test_resume_continues_a_training_that_was_killed(
-    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(segment, "choose_threshold", None)  # fails after training
     with pytest.raises(TypeError):
         train()
     monkeypatch.setattr(segment, "choose_threshold", lambda *_: 0.5)
+    capsys.readouterr()
     assert train("--resume", "--epochs", "3") == 0
+    message = "last.keras is of a training that was to end after 1 epochs, not 3: the learning rate"
+    assert message in capsys.readouterr().err
     lines = (tmp_path / "trained" / "training.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "0", "1", "2"]
     record = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras"))
@@ -234,10 +237,6 @@ def test_unusable_data_is_reported_with_status_2(
 ) -> None:
     assert load() == 2
     assert "model.keras: there is no such file; give a model file" in capsys.readouterr().err
-    assert train("--image-size", "30", "32") == 2
-    assert "divisible by 16" in capsys.readouterr().err
-    assert train("--test-split", "1.5") == 2
-    assert "test_split is 1.5: expected a fraction" in capsys.readouterr().err
     (tmp_path / "data" / "images" / "ISIC_0000003.png").unlink()
     assert train() == 2
     assert "masks without an image (1: ISIC_0000003)" in capsys.readouterr().err
@@ -293,7 +292,6 @@ def test_resume_refuses_other_options_and_keeps_the_checkpoint(
     assert message in capsys.readouterr().err
     assert train("--resume", "--soft-masks") == 2
     assert "last.keras belongs to a training with another soft_masks:" in capsys.readouterr().err
-    assert train("--learning-rate", "-1") == 2
     assert last.read_bytes() == before
 
 
@@ -329,6 +327,57 @@ def test_an_unknown_backend_is_reported_in_one_sentence() -> None:
     assert "run pip install -r requirements.txt, and check KERAS_BACKEND" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--output", "--save"])
+def test_what_cannot_be_written_is_reported_before_the_files_are_decoded(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(segment, "check_pairs", None)
+    (tmp_path / "file").write_text("in the way")
+    assert train(option, str(tmp_path / "file" / "model.keras")) == 2
+    assert "cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("OOM when allocating tensor"),
+    RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), RuntimeError("CUDA out of memory."),
+])  # fmt: skip
+def test_too_little_memory_is_reported_in_one_sentence(
+    train: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:  # fmt: skip
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(segment, "train_model", fail)
+    assert train() == 2
+    assert "Error: out of memory: choose a smaller --batch-size" in capsys.readouterr().err
+    error.args = ("another cause",)
+    if not isinstance(error, MemoryError):
+        with pytest.raises(RuntimeError, match="another cause"):
+            train()
+
+
+def test_images_that_the_starting_model_was_trained_on_are_told(
+    train: Run, load: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    images, masks = segment.find_image_pairs(data / "images", data / "masks")
+    first = tmp_path / "first.keras"
+    split = segment.train_val_test_split(images, masks, val_split=0.5, test_split=0)
+    segment.save_model(tiny_network((32, 32)), first, split=split)
+    assert train("--start-from", str(first)) == 0
+    message = "first.keras was trained on 4 of the images to validate and test on (ISIC_00"
+    assert message in capsys.readouterr().err
+    assert load() == 0
+    assert "Warning: 3 of these images were used in training" in capsys.readouterr().err
+    for output in ("trained", "loaded"):
+        summary = json.loads((tmp_path / output / "summary.json").read_text())
+        assert (summary["images"], summary["images_used_in_training"]) == (3, 3)
+    record = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras"))
+    assert len(record.split["earlier"]) == 3  # what is not among those of the new training
+
+
 def test_an_output_that_is_not_a_folder_is_reported_with_status_2(
     train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,6 +397,12 @@ def test_an_output_that_is_not_a_folder_is_reported_with_status_2(
         (["--batch-size", "0"], "--batch-size: 0 is not a whole number from 1"),
         (["--subset", "some"], "--subset: some is not a whole number from 1"),
         (["--image-size", "256"], "expected 2 arguments"),
+        (["--image-size", "30", "32"], "--image-size [30, 32]: expected sides divisible by 16"),
+        (["--test-split", "1.5"], "--test-split: 1.5 is not in [0, 1)"),
+        (["--val-split", "nan"], "--val-split: nan is not in [0, 1)"),
+        (["--dropout", "1"], "--dropout: 1 is not in [0, 1)"),
+        (["--folds", "1"], "--folds: 1 is not a whole number from 2"),
+        (["--learning-rate", "0"], "--learning-rate 0.0: expected a number above 0"),
     ],
 )
 def test_invalid_options_are_reported_with_status_2(

@@ -352,7 +352,7 @@ def test_resuming_without_the_best_epoch_is_an_error(
     best.write_bytes(content) if content else best.unlink()
     again = tiny_network((16, 16), num_filters=1)
     with pytest.raises(segment.SegmentError, match=r"best\.keras"):
-        segment.train_model(again, train, None, 2, save_path=best, resume_path=last, verbose=0)
+        segment.train_model(again, train, None, 1, save_path=best, resume_path=last, verbose=0)
 
 
 def test_best_and_last_epoch_need_two_files(
@@ -425,7 +425,7 @@ def test_resume_refuses_the_best_epoch_of_another_training(
         train_from(tmp_path / folder, make_pairs, 1, split=split, seed=seed)
     shutil.copy(tmp_path / "two" / "best.keras", tmp_path / "one" / "best.keras")
     with pytest.raises(segment.SegmentError, match=r"best\.keras belongs to .* another seed: give"):
-        train_from(tmp_path / "one", make_pairs, split=split)
+        train_from(tmp_path / "one", make_pairs, 1, split=split)
 
 
 def test_a_backend_that_cannot_train_is_named(
