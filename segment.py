@@ -732,7 +732,7 @@ def usable_pairs(
     Earlier `findings` are added, and all are written to `findings.csv` in the output folder.
     """
     if output_dir is not None:
-        _check_file_to_write(Path(output_dir) / "findings.csv")  # before hours of decoding
+        _check_file_to_write(Path(output_dir) / "findings.csv")  # before decoding
     new = check_pairs(image_paths, mask_paths or None, **options)
     findings = [*findings, *new]
     if output_dir is not None:
@@ -1758,8 +1758,8 @@ def data_parallel(devices: int) -> contextlib.AbstractContextManager[Any]:
     """Shares each batch of the models created and used inside the block among several devices.
 
     These are GPUs if there are any, otherwise processors, with TensorFlow or JAX. Losses equal
-    those of one device to rounding. Generators need
-    `whole_batches`, and a batch size that their number divides.
+    those of one device to rounding. Generators need `whole_batches`, and a batch size that the
+    number of devices divides.
 
     With JAX several hosts may train one model. Each runs the same program with the variables of
     `keras.distribution.initialize`, enters this block before anything is computed, and loads its
@@ -2666,7 +2666,7 @@ def run_driver(
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if not re.search("out of memory|OOM|RESOURCE_EXHAUSTED|MemoryError", repr(error)):
+        if not re.search(r"out of memory|\bOOM\b|RESOURCE_EXHAUSTED|MemoryError", repr(error)):
             raise
         print("Error: out of memory: choose a smaller --batch-size or frame.", file=sys.stderr)
         return 2
