@@ -37,7 +37,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--test-split", type=fraction, metavar="PART", help="for testing (0.03; sample: 0.2)")
     add("--folds", type=partial(non_negative_int, least=2), metavar="K",
         help="cross-validate: K models test all images")
-    add("--cache", metavar="DIR", help="keep decoded images here, beyond 2 GiB of memory")
+    add("--cache", metavar="DIR", help="keep decoded images here, not only in memory")
     add = parser.add_argument_group("training").add_argument
     add("--image-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
         help="frame of the network, divisible by 16 (96 128; sample: 128 128)")
@@ -90,8 +90,6 @@ def wrong_options(options: argparse.Namespace) -> Iterator[str]:
         yield f"--output {options.output} holds more folds, of another run: give a new folder"
     if options.folds and options.save:
         yield "--folds saves a model for each fold: leave out --save"
-    if options.save and not options.save.endswith(".keras"):
-        yield f"--save {options.save}: the name must end in .keras"
     if options.threshold is not None and not 0 < options.threshold < 1:
         yield f"--threshold {options.threshold}: expected a probability between 0 and 1"
     if any(side % 16 for side in options.image_size):
@@ -183,10 +181,9 @@ def train_save_evaluate(options: argparse.Namespace) -> None:
         segment.model_record(model).origin = {"options": vars(options), "left_out": left_out}
         if options.start_from:
             segment.load_weights(model, options.start_from)
-            if known := segment.image_ids_seen(model, val[0] + test[0]):
-                print(f"Warning: {options.start_from} was trained on {len(known)} of the images to "
-                      f"validate and test on ({known[0]} ...), so their scores are too good.",
-                      file=sys.stderr)
+            if known := segment.image_ids_seen(model, test[0]):
+                print(f"Warning: {options.start_from} was trained on {len(known)} of the test "
+                      f"images ({known[0]} ...), so their scores are too good.", file=sys.stderr)
 
         # 7. Train it and save it with its settings
         path, checkpoint = options.save or folder / "model.keras", folder / "last.keras"

@@ -1417,8 +1417,8 @@ def _resume(model: keras.Model, path: StrPath | None, best_path: StrPath | None)
     _check_same_training(path, before, record)
     end = record.origin["epochs"]
     if (planned := before.origin.get("epochs", end)) != end:
-        warnings.warn(f"{path} is of a training that was to end after {planned} epochs, not "
-                      f"{end}: the learning rate now falls along another curve.", stacklevel=3)
+        warnings.warn(f"{path} belongs to a training of {planned} epochs, not {end}: the learning "
+                      "rate now falls along another curve.", stacklevel=3)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     before.origin |= record.origin
@@ -1433,7 +1433,9 @@ def _resume(model: keras.Model, path: StrPath | None, best_path: StrPath | None)
 def _check_same_training(path: StrPath, before: ModelRecord, record: ModelRecord) -> None:
     facts = ("batch_size", "dropout", "image_size", "learning_rate", "seed", "sha256_of_images",
              "sha256_of_masks", "soft_masks", "split")
-    old, new = ({**vars(r), **r.origin, "split": r.split or None} for r in (before, record))
+    now = ("train", "val", "test")  # not what an earlier training has seen
+    old, new = ({**vars(r), **r.origin, "split": [*map(r.split.get, now)] if "test" in r.split
+                 else None} for r in (before, record))
     known = [fact for fact in facts if None not in (old.get(fact), new.get(fact))]
     changed = [fact for fact in known if old[fact] != new[fact]]
     _require(not changed, f"{path} belongs to a training with another {_shorten(changed)}: give "
@@ -1595,13 +1597,14 @@ def average_models(models: Sequence[keras.Model]) -> keras.Model:
     """Makes one network of several, with the mean of their probabilities, to save or export it.
 
     They share the four flips, so two or four models take the time of one with `mirror`, which the
-    record of the new one switches off. Threshold and estimate are the mean of theirs. What one of
-    them was trained or validated on counts as its training set, what all held out as its test set.
+    record of the new one switches off. Threshold and estimate are the mean of theirs. Its training
+    set is what any of them was trained or validated on, its test set what all of them held out.
     """
     models, record = _settings(models, mirror=False)
     records = list(map(model_record, models))
-    held_out = set.intersection(*(set(r.split.get("test", ())) for r in records))
-    record.split = {"train": sorted(set.union(*map(_seen, records))), "test": sorted(held_out)}
+    seen = set.union(*map(_seen, records))
+    held_out = set.intersection(*(set(r.split.get("test", ())) for r in records)) - seen
+    record.split = {"train": sorted(seen), "test": sorted(held_out)}
     record.origin, record.history = {"models": [record.origin for record in records]}, {}
     networks = [_recast(model, "float32", f"model{i}") for i, model in enumerate(models, 1)]
     image = keras.Input(models[0].input_shape[1:], name="image")
@@ -1824,7 +1827,7 @@ EXPORTS = {".onnx": "onnx", ".tflite": "litert", "": "tf_saved_model"}  # format
 class ModelRecord:
     """What a model file holds besides the network, so that evaluation needs nothing else."""
 
-    split: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # ids of each part
+    split: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # ids by part
     threshold: float = 0.5
     mirror: bool = True
     one_region: bool = True
@@ -1850,8 +1853,9 @@ def save_model(
 ) -> None:
     """Saves a model and its record in one `.keras` file, which is never incomplete.
 
-    Settings that are not `None` change the record. Without the optimizer, the file is a third as
-    large and computes in float32, and further training starts with a new optimizer.
+    Settings that are not `None` change the record; what an earlier split trained on still counts as
+    seen. Without the optimizer, the file is a third as large and computes in float32, and further
+    training starts with a new optimizer.
     """
     _check_file_to_write(path, ".keras")
     fitted = estimate is None or len(estimate) in (0, 3)
@@ -1961,11 +1965,14 @@ def _read_record(path: StrPath, archive: zipfile.ZipFile) -> ModelRecord:
 
 
 def load_weights(model: keras.Model, path: StrPath) -> None:
-    """Loads weights and threshold of a file, or the first of its models, into any frame."""
+    """Loads weights and threshold of a file, or the first of its models, into any frame.
+
+    The images that these weights have seen are noted in the record, for `image_ids_seen`.
+    """
     loaded = _load_same_network(path, model)
     model.set_weights(loaded.get_weights())
     record, of_file = model_record(model), model_record(loaded)
-    record.threshold, record.split = of_file.threshold, {"earlier": sorted(_seen(of_file))}
+    record.threshold, record.split["earlier"] = of_file.threshold, sorted(_seen(of_file))
 
 
 def export_model(model: keras.Model, path: StrPath, *, mirror: bool = False) -> None:
@@ -2031,12 +2038,13 @@ def _load_same_network(path: StrPath, model: keras.Model) -> keras.Model:
 
 
 def _set_split(record: ModelRecord, split: Sequence[Pairs]) -> None:
-    """Replaces the split. What the model saw in an earlier training stays, as another part."""
+    """Replaces the split. What the model has seen in an earlier one remains, as another part."""
     _require(len(split) == 3, f"The split has {len(split)} parts: expected (train, val, test).")
     train, val, test = ([image_id(image) for image in images] for images, _ in split)
     earlier = sorted(_seen(record).difference(train, val))
     record.split = {"train": train, "val": val, "test": test}
-    record.split |= {"earlier": earlier} if earlier else {}
+    if earlier:
+        record.split["earlier"] = earlier
 
 
 def stored_test_split(model: keras.Model, image_paths: Paths, mask_paths: Paths) -> Pairs:
@@ -2083,9 +2091,9 @@ def _checked(generator: ImageGenerator, predictions: Iterable[Array]) -> Iterato
         shape = np.shape(prediction)
         belongs = pair is not None and shape == (*generator.image_size, 1)
         belongs = belongs and many in (None, len(generator.pairs))
-        _require(belongs, "The predictions do not match the generator, of "
-                 f"{len(generator.pairs)} images of {generator.image_size}: they are too few, too "
-                 f"many or of shape {shape}. Predict with it, and use the result once.")
+        _require(belongs, f"The predictions, too few, too many or of shape {shape}, do not match "
+                 f"the generator of {len(generator.pairs)} images of {generator.image_size}. "
+                 "Predict with this generator, and use the result once.")
         yield np.asanyarray(prediction).view(Predictions)
 
 
@@ -2643,7 +2651,7 @@ def run_driver(
     steps: Callable[[Any], None], options: Any, *,
     startup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 ) -> int:
-    """Runs the steps of a driver, and returns its exit status: 0, 2 (bad input) or 130 (Ctrl-C)."""
+    """Runs the steps of a driver, and returns its exit status: 0, 2 (an error) or 130 (Ctrl-C)."""
     with contextlib.suppress(AttributeError):  # for names that the terminal cannot print
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     plt.switch_backend("agg")  # it draws into files, whatever the environment says
@@ -2666,9 +2674,11 @@ def run_driver(
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if not re.search(r"out of memory|\bOOM\b|RESOURCE_EXHAUSTED|MemoryError", repr(error)):
+        what = f"{type(error).__name__}: {error}"
+        if not re.search(r"out of memory|\bOOM\b|RESOURCE_EXHAUSTED|MemoryError", what):
             raise
-        print("Error: out of memory: choose a smaller --batch-size or frame.", file=sys.stderr)
+        print("Error: out of memory: choose a smaller --batch-size, or in training --image-size.",
+              file=sys.stderr)
         return 2
     return 0
 

@@ -376,9 +376,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--memory", type=int, metavar="N", help="instead: train on N pairs")
-    parser.add_argument(
-        "--exports", action="store_true", help="instead: the bundled network elsewhere"
-    )
+    parser.add_argument("--exports", action="store_true", help="instead: export the network")
     options = parser.parse_args()
     if options.exports:
         measure_exports(options.repeats)

@@ -65,16 +65,16 @@ def test_the_average_is_saved_loaded_cast_and_has_fused_norms(tmp_path: Path) ->
 
 def test_its_record_combines_those_of_the_networks() -> None:
     first, second = members(2)
-    split = {"train": ["a", "b"], "val": ["c"], "test": ["d", "e"]}
+    split = {"train": ["a", "b"], "val": ["c"], "test": ["d", "e", "g"]}
     estimate = [0.1, 0.9, 1.0]
     origin = {"options": {"seed": 3}}
     first.record = segment.ModelRecord(
         split, 0.5, estimate=estimate, history={"loss": [1.0]}, origin=origin
     )
-    split = {"train": ["a", "d"], "val": ["f"], "test": ["e", "b"]}
+    split = {"train": ["a", "d"], "val": ["f"], "test": ["e", "b", "g"], "earlier": ["g"]}
     second.record = segment.ModelRecord(split, 0.6, estimate=[0.3, 0.7, 2.0])
     record = segment.model_record(segment.average_models([first, second]))
-    assert record.split == {"train": ["a", "b", "c", "d", "f"], "test": ["e"]}
+    assert record.split == {"train": ["a", "b", "c", "d", "f", "g"], "test": ["e"]}
     assert record.threshold == pytest.approx(0.55)
     assert record.estimate == pytest.approx([0.2, 0.8, 1.5])
     assert record.origin == {"models": [origin, {}]}
