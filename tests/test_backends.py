@@ -11,10 +11,8 @@ import pytest
 TESTS = Path(__file__).parent
 FILES = ("test_model.py", "test_dice.py", "test_saving.py")
 # Without tests that are slow or independent of the backend.
-CHOSEN = {  # test_devices.py trains on JAX
-    "jax": "not new_process and not invalid_values and not fused_norms and not overfit",
-    "torch": "not new_process and not invalid_values and not fused_norms",
-}
+QUICK = "not new_process and not invalid_values and not fused_norms and not graph"
+CHOSEN = {"jax": f"{QUICK} and not overfit", "torch": QUICK}  # test_devices.py trains on JAX
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

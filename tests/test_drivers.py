@@ -347,7 +347,7 @@ class ExhaustedError(Exception):
 
 @pytest.mark.parametrize("error", [
     MemoryError(), ExhaustedError(),
-    RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), RuntimeError("CUDA out of memory."),
+    RuntimeError("CUDA out of memory."),
 ])  # fmt: skip
 def test_too_little_memory_is_reported_in_one_sentence(
     train: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -382,8 +382,7 @@ def test_images_that_the_starting_model_was_trained_on_are_told(
         assert (summary["images"], summary["images_used_in_training"]) == (3, 3)
     record = segment.model_record(segment.load_model(tmp_path / "trained" / "model.keras"))
     assert len(record.split["earlier"]) == 3  # what is not among those of the new training
-    assert train("--resume", "--epochs", "2") == 0  # whether or not it names the first model again
-    assert train("--resume", "--epochs", "3", "--start-from", str(first)) == 0
+    assert train("--resume", "--epochs", "2") == 0  # without naming the first model again
 
 
 def test_an_output_that_is_not_a_folder_is_reported_with_status_2(

@@ -54,23 +54,6 @@ def test_every_link_to_a_file_or_a_heading_leads_there(page: str) -> None:
         assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
-def test_the_notebook_cells_run_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
-) -> None:
-    cells = re.findall(r"```python\n(.*?)```", section("### In a notebook"), re.DOTALL)
-    assert len(cells) == 3
-    code = "\n".join(cells).replace("epochs=30", "epochs=1").replace("(128, 128)", "(16, 16)")
-    for folder in ("input", "truth"):
-        (tmp_path / "images" / "sample" / folder).mkdir(parents=True)
-        for path in sorted((ROOT / "images" / "sample" / folder).iterdir())[:8]:
-            (tmp_path / "images" / "sample" / folder / path.name).write_bytes(path.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert isinstance(names["scores"], list)
-    assert len(names["scores"]) == 1
-
-
 def test_the_program_segments_a_photograph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
 ) -> None:
