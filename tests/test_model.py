@@ -117,9 +117,7 @@ def test_each_channel_is_normalized_scaled_and_offset_by_itself(unet: keras.Mode
     assert all(norm.groups == norm.gamma.shape[0] == norm.beta.shape[0] for norm in norms)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "xla"), [(1, False), (3, False), (8, False), (9, False), (4, True)]
-)
+@pytest.mark.parametrize(("batch_size", "xla"), [(1, False), (8, False), (9, False), (4, True)])
 def test_fused_norms_equal_stock_norms_in_output_and_training(batch_size: int, xla: bool) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(3, 1, (9, 8, 12, 3)), rng.normal(size=(9, 8, 12, 5))
@@ -196,7 +194,7 @@ def test_one_step_moves_every_weight() -> None:
     assert still <= excused, still - excused
 
 
-def test_the_model_can_overfit_four_images() -> None:
+def test_the_model_can_overfit_four_images(eager: None) -> None:
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
@@ -205,7 +203,7 @@ def test_the_model_can_overfit_four_images() -> None:
     masks = np.stack([np.hypot(y - a, x - b) < 7 for a, b in centers])[..., None].astype(np.uint8)
     model = segment.create_model((32, 32), num_filters=4, dropout=0.0)
     model.compile(keras.optimizers.Adam(1e-2), segment.dice_loss)
-    model.fit(images, masks, batch_size=4, epochs=50, verbose=0)
+    model.fit(images, masks, batch_size=4, epochs=22, verbose=0)
     prediction = np.asarray(model(images, training=False)) > 0.5
     assert 2 * (prediction & (masks > 0)).sum() / (prediction.sum() + masks.sum()) > 0.95
 

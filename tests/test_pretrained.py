@@ -25,19 +25,16 @@ def test_the_pretrained_model_is_small_and_holds_no_optimizer() -> None:
     assert (record.threshold, record.mirror, len(record.estimate)) == (0.55, False, 3)
 
 
-def test_the_pretrained_model_holds_two_networks_that_share_the_flips() -> None:
+def test_it_holds_two_networks_that_share_the_flips_and_can_be_started_from() -> None:
     model = segment.load_model()
     image = np.random.default_rng(0).integers(0, 256, (1, *model.input_shape[1:]), np.uint8)
     views = [("model1", ()), ("model2", (2,)), ("model1", (1,)), ("model2", (1, 2))]
     expected = [np.flip(model.get_layer(name)(np.flip(image, axes)), axes) for name, axes in views]
     np.testing.assert_allclose(model(image), np.mean(expected, axis=0), atol=1e-5)
-
-
-def test_a_new_network_of_another_frame_starts_with_the_weights_of_the_first() -> None:
-    model = segment.create_model((64, 64))
-    segment.load_weights(model, segment.PRETRAINED)
-    expected = segment.load_model().get_layer("model1").get_weights()
-    for found, weights in zip(model.get_weights(), expected, strict=True):
+    single = segment.create_model((64, 64))
+    segment.load_weights(single, segment.PRETRAINED)
+    first = model.get_layer("model1").get_weights()
+    for found, weights in zip(single.get_weights(), first, strict=True):
         np.testing.assert_array_equal(found, weights)
 
 
