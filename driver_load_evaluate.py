@@ -3,7 +3,7 @@
 With MODEL it scores the test set that the model file names (give the folders of the training), or
 with --all every pair. The mean of several models, or the pretrained model without MODEL, segments
 and scores all images; without --mask-dir it only segments them. Without folders it uses the
-synthetic sample.
+synthetic sample. "As stored" means as in the model file.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, help="average the predictions of the four flips (as stored)")
     add("--one-region", action=flag, help="keep one region of a mask, without holes (as stored)")
-    add("--threshold", type=float, metavar="P", help="pixels from P on are lesion (as stored)")
+    add("--threshold", type=float, metavar="P", help="pixels of at least P are lesion (as stored)")
     add("--output", default="evaluation", metavar="DIR", help="folder of the results (%(default)s)")
     add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
     add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")

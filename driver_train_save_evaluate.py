@@ -58,7 +58,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--mirror", action=flag, default=True, help="average the predictions of the four flips")
     add("--one-region", action=flag, default=True, help="keep one region of a mask, without holes")
-    add("--threshold", type=float, metavar="P", help="pixels from P on are lesion (by validation)")
+    add("--threshold", type=float, metavar="P", help="at least P is lesion (chosen by validation)")
     add("--output", default="output", metavar="DIR", help="folder of the results (%(default)s)")
     add("--compare", metavar="SCORES.csv", help="compare with the scores of another run")
     add("--metadata", metavar="FILE.csv", help="score subgroups by this table about the images")

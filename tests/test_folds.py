@@ -164,6 +164,9 @@ def test_the_load_driver_takes_the_folder_of_the_folds(
     expected = segment.results(generator, segment.predict(models, generator, verbose=0))
     assert driver_load_evaluate.main([str(validated), *data[:2], *data[4:]]) == 0
     assert len(rows(output)) == 12  # segmented without masks
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["images_used_in_training"] == 12
+    assert not (output / "training.png").exists()  # which would be of one model
     assert driver_load_evaluate.main([str(validated), *data]) == 0
     dice = [float(row["dice"]) for row in rows(output)]
     assert dice == pytest.approx([row["dice"] for row in expected], 1e-3)
