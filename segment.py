@@ -2153,11 +2153,12 @@ def results(
 
 
 def _show_figures(figures: Iterable[tuple[str, Figure]], output: Path | None) -> None:
-    ipython = sys.modules.get("IPython")
-    for name, figure in figures:
+    ipython: Any = sys.modules.get("IPython")
+    notebook = ipython is not None and ipython.get_ipython() is not None
+    for name, figure in figures if output or notebook else ():  # or nobody would see them
         if output:
             save_figure(figure, output / f"{name}.png")
-        if ipython is not None and ipython.get_ipython() is not None:  # in a notebook
+        if notebook:
             ipython.display.display(figure)
 
 

@@ -11,7 +11,9 @@ import pytest
 TESTS = Path(__file__).parent
 FILES = ("test_model.py", "test_dice.py", "test_saving.py")
 # Without tests that are slow or independent of the backend.
-QUICK = "not new_process and not invalid_values and not fused_norms and not graph"
+SLOW = "new_process or invalid_values or fused_norms"
+SAME = "graph or published or 3188435 or three_tenths or each_channel"  # of the same big network
+QUICK = f"not ({SLOW} or {SAME})"
 CHOSEN = {"jax": f"{QUICK} and not overfit", "torch": QUICK}  # test_devices.py trains on JAX
 
 

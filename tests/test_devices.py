@@ -79,6 +79,7 @@ def test_two_hosts_train_like_one_and_write_to_folders_of_their_own(
     images, masks = make_pairs(17)  # 8 to train, 8 to validate, 1 to test on
     folders = ["--image-dir", str(Path(images[0]).parent), "--mask-dir", str(Path(masks[0]).parent)]
     size = ["--image-size", "16", "16", "--batch-size", "4", "--epochs", "2", "--val-split", "0.5"]
+    size += ["--num-imgs", "0"]
     code = "import driver_train_save_evaluate as driver; sys.exit(driver.main(sys.argv[1:]))"
     command = [sys.executable, "-c", TINY + code, *folders, *size]
 

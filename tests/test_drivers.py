@@ -40,7 +40,7 @@ def train(
     def run(*options: str) -> int:
         return driver_train_save_evaluate.main(
             [*data(tmp_path), "--image-size", "32", "32", "--epochs", "1", "--test-split", "0.25",
-             "--output", str(tmp_path / "trained"), *options]
+             "--output", str(tmp_path / "trained"), "--num-imgs", "0", *options]
         )  # fmt: skip
 
     return run
@@ -62,7 +62,7 @@ def load(tmp_path: Path, eager: None) -> Run:
     def run(*options: str) -> int:
         model, output = tmp_path / "trained" / "model.keras", tmp_path / "loaded"
         return driver_load_evaluate.main(
-            [str(model), *data(tmp_path), "--output", str(output), *options]
+            [str(model), *data(tmp_path), "--output", str(output), "--num-imgs", "0", *options]
         )
 
     return run
@@ -113,7 +113,7 @@ def test_the_documented_files_are_written_and_hidden_files_are_kept(
         path.write_text("half")
         os.utime(path, (0, 0))
     os.utime(killed, (0, 0))
-    train("--inspect")
+    train("--inspect", "--num-imgs", "4")
     assert set(os.listdir(tmp_path / "trained")) == users | {
         "image_sizes.png", "model.keras", "training.csv", "scores.csv", "summary.json", "masks",
         "predictions.png", "worst.png", "histogram.png", "training.png", "last.keras",

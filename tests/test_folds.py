@@ -42,7 +42,8 @@ def cross_validate(tmp_path: Path, output: str, *options: str) -> int:
     images, masks = folders(tmp_path)
     return driver_train_save_evaluate.main(
         ["--image-dir", images, "--mask-dir", masks, "--image-size", "32", "32", "--epochs", "1",
-         "--batch-size", "4", "--folds", "3", "--output", str(tmp_path / output), *options]
+         "--batch-size", "4", "--folds", "3", "--output", str(tmp_path / output), "--num-imgs", "0",
+         *options]
     )  # fmt: skip
 
 
@@ -101,8 +102,8 @@ def test_each_image_is_scored_by_the_model_that_has_not_seen_it(
     images, masks = folders(tmp_path)
     for fold in (1, 2, 3):
         model, alone = validated / f"fold{fold}" / "model.keras", tmp_path / f"alone{fold}"
-        arguments = [str(model), "--image-dir", images, "--mask-dir", masks, "--output", str(alone)]
-        assert driver_load_evaluate.main(arguments) == 0
+        arguments = [str(model), "--image-dir", images, "--mask-dir", masks, "--num-imgs", "0"]
+        assert driver_load_evaluate.main([*arguments, "--output", str(alone)]) == 0
         for row in rows(alone):
             assert float(scores.pop(row["id"])["dice"]) == pytest.approx(float(row["dice"]), 1e-3)
     assert not scores
@@ -154,7 +155,7 @@ def test_the_load_driver_takes_the_folder_of_the_folds(
 ) -> None:
     images, masks = folders(tmp_path)
     output = tmp_path / "all"
-    data = ["--image-dir", images, "--mask-dir", masks, "--output", str(output)]
+    data = ["--image-dir", images, "--mask-dir", masks, "--output", str(output), "--num-imgs", "0"]
     assert driver_load_evaluate.main([str(validated), *data]) == 0
     assert "12 of these images were used in training" in capsys.readouterr().err
     models = [segment.load_model(path) for path in sorted(validated.glob("fold*/model.keras"))]

@@ -424,7 +424,7 @@ def test_the_outline_of_an_overlay_is_wider_in_a_larger_image(
 
 
 def test_only_the_predictions_that_are_drawn_are_kept(
-    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, predictions = prepare(make_pairs, 7)
     references: list[weakref.ref[np.ndarray]] = []
@@ -442,7 +442,7 @@ def test_only_the_predictions_that_are_drawn_are_kept(
         return plot_predictions(generator, some, *rest, **options)
 
     monkeypatch.setattr(segment, "plot_predictions", record)
-    segment.results(generator, predict(), num_imgs=2)
+    segment.results(generator, predict(), num_imgs=2, output_dir=tmp_path)
     assert [count for count, _ in kept] == [4, 4]
     assert max(alive for _, alive in kept) <= 6  # those drawn and what the loops still name
 
@@ -496,3 +496,13 @@ def test_notes_of_any_kind_are_written(make_pairs: MakePairs, tmp_path: Path) ->
     segment.results(generator, predictions, output_dir=tmp_path, notes=notes)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["rate"], summary["folder"]) == ("0.5", str(tmp_path))
+
+
+def test_figures_that_nobody_sees_are_not_drawn(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, predictions = prepare(make_pairs)
+    monkeypatch.setattr(segment, "plot_dice_histogram", None)
+    assert len(segment.results(generator, predictions)) == 5
+    with pytest.raises(TypeError):  # in a folder they are seen
+        segment.results(generator, predictions, output_dir=tmp_path)

@@ -148,7 +148,8 @@ def test_both_drivers_take_soft_masks(
     levels = np.asarray(Image.open(pairs[1][0])).astype(int) + np.arange(48) % 20  # no two levels
     Image.fromarray(levels.astype(np.uint8)).save(pairs[1][0])
     data = ["--image-dir", str(tmp_path / "images"), "--mask-dir", str(tmp_path / "masks")]
-    model, output = tmp_path / "model.keras", ["--output", str(tmp_path / "out")]
+    model = tmp_path / "model.keras"
+    output = ["--output", str(tmp_path / "out"), "--num-imgs", "0"]
     train = [*data, *output, "--save", str(model), "--image-size", "32", "48", "--epochs", "1"]
     assert driver_train_save_evaluate.main(train) == 2
     assert driver_train_save_evaluate.main([*train, "--soft-masks"]) == 0
